@@ -1,16 +1,16 @@
 //! Expressions in CEL: conditions (`when:`) and values (`{ cel: "…" }`), checked when the file is loaded.
 //!
-//! The `cel` crate parses and keeps the place of every node (`expression/parse.rs`). A planner of our own gives
-//! each node a type (`expression/planner.rs`) and makes a `plan` of it, which is what runs. So an unknown name,
-//! an unknown function, a wrong type and a bad pattern are errors of the file, with their place inside the
-//! expression; patterns and header names are made ready once; and the request is read where it lies.
+//! The `cel` crate parses an expression and keeps the place of every node (`expression/parse.rs`). Forebay's planner
+//! gives each node a type (`expression/planner.rs`) and builds the `plan` that is evaluated. So an unknown name, an
+//! unknown function, a wrong type and an invalid pattern are errors of the file, with their place inside the
+//! expression. Patterns and header names are prepared once, and the request is read without copying.
 //!
-//! The language is total: nothing fails when a request comes. A header, a cookie or an argument that is missing
-//! reads as an empty text, so that a rule such as `request.headers["x-token"] != "…"` holds for a client that
-//! sends none. Its cost is bounded by the length of the expression and of what it reads: there are no loops,
-//! patterns are linear by nature, and what an expression may grow is limited.
+//! Evaluation never fails. A missing header, cookie or argument reads as an empty text, so that a rule such as
+//! `request.headers["x-token"] != "…"` also holds for a client that sends none. The cost of an evaluation is bounded
+//! by the length of the expression and of its input: there are no loops, patterns take linear time, and growth of
+//! texts is limited.
 //!
-//! `expression/names.rs` is the one list of names and functions; `conf/manual/expressions.md` is made of it.
+//! `expression/names.rs` is the only list of names and functions; `conf/manual/expressions.md` is generated from it.
 
 pub mod facts;
 pub mod fields;
@@ -38,22 +38,22 @@ use planner::{Kind, Plan as Planned, Planner};
 /// The length limit of an expression, in bytes. At most a thousand nodes fit.
 pub const BYTES_MAX: usize = 4096;
 
-/// Parsing recurses, deeper than the stack of a worker or of a test allows in a build without optimisation. Only
-/// pages that are used take memory.
+/// Parsing recurses deeper than the stack of a worker, or of a test without optimisation, allows. Only used pages
+/// take memory.
 const STACK_BYTES: usize = 64 << 20;
 
-/// When an expression is asked: what there is by then.
+/// When an expression is evaluated, which determines what it can read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Moment {
-    /// A route is looked for, and no filter has run.
+    /// During route matching, before any filter has run.
     Match,
-    /// The filters of the route run, or have run on the request; there is no response.
+    /// During or after the request filters of the route, without a response.
     Request,
-    /// The response header is here, or the exchange has ended.
+    /// The response header was received, or the exchange has ended.
     Response,
 }
 
-/// What is wrong with an expression: the bytes that it is about, and what to do behind a colon.
+/// A mistake in an expression: its bytes, and a message that suggests a fix after a colon.
 #[derive(Debug)]
 struct Mistake {
     place: Range<usize>,
@@ -66,11 +66,11 @@ impl Mistake {
     }
 }
 
-/// An expression that holds or does not: `when:`.
+/// A condition: `when:`.
 #[derive(Clone)]
 pub struct Condition(Arc<Source<Plan>>);
 
-/// An expression that makes a text: `{ cel: "…" }`.
+/// An expression with a text as its result: `{ cel: "…" }`.
 #[derive(Clone)]
 pub struct Value(Arc<Source<Text>>);
 
@@ -81,10 +81,10 @@ struct Source<P> {
 }
 
 impl Condition {
-    /// Makes ready the condition that is `written`, to be asked at this moment.
+    /// Builds the condition that is `written`, for evaluation at this moment.
     ///
     /// # Errors
-    /// What is wrong with it and where inside; the path is empty.
+    /// The mistake and its place inside; the path is empty.
     pub fn build(written: &str, moment: Moment) -> Result<Condition, BuildError> {
         built(written, moment, |planned, whole| match planned {
             Planned::Condition(plan) => Ok(plan),
@@ -99,22 +99,22 @@ impl Condition {
         .map(|source| Condition(Arc::new(source)))
     }
 
-    /// Whether it holds. Never fails, and allocates only where it makes text.
+    /// Evaluates the condition. Never fails, and allocates only for computed text.
     pub fn holds(&self, asked: &Asked<'_>) -> bool {
         self.0.plan.holds(asked)
     }
 
-    /// Whether it reads anything of the response, so that it can be asked only when there is one.
+    /// Whether it reads the response, so that it needs one for evaluation.
     pub fn reads_response(&self) -> bool {
         self.0.reads_response
     }
 }
 
 impl Value {
-    /// Makes ready the expression that is `written`, to be asked at this moment.
+    /// Builds the expression that is `written`, for evaluation at this moment.
     ///
     /// # Errors
-    /// What is wrong with it and where inside; the path is empty.
+    /// The mistake and its place inside; the path is empty.
     pub fn build(written: &str, moment: Moment) -> Result<Value, BuildError> {
         built(written, moment, |planned, whole| match planned {
             Planned::Text(plan) => Ok(plan),
@@ -130,7 +130,7 @@ impl Value {
         .map(|source| Value(Arc::new(source)))
     }
 
-    /// The same for an expression that makes text, a number, a condition or an address: what `string(…)` makes of it.
+    /// The same for text, numbers, conditions and addresses, which are converted as by `string(…)`.
     ///
     /// # Errors
     /// As [`Value::build`].
@@ -143,14 +143,13 @@ impl Value {
         .map(|source| Value(Arc::new(source)))
     }
 
-    /// The text that it makes. Never fails, and allocates only where it puts a new one together. What it reads of
-    /// a request may be no UTF-8.
+    /// Evaluates to text. Never fails, and allocates only for computed text. Text from a request may not be UTF-8.
     pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Cow<'a, [u8]> {
         self.0.plan.of(asked)
     }
 }
 
-/// Parses and plans on a thread with a stack that suffices for whatever fits into [`BYTES_MAX`].
+/// Parses and plans on a thread whose stack suffices for any expression of [`BYTES_MAX`].
 fn built<P: Send>(
     written: &str,
     moment: Moment,
@@ -194,7 +193,7 @@ impl<P> Source<P> {
     }
 }
 
-/// Two are the same if they are written in the same way.
+/// Two of them are equal if they are written in the same way.
 macro_rules! by_text {
     ($($kind:ty),*) => {$(
         impl PartialEq for $kind {

@@ -1,4 +1,4 @@
-//! What an expression is asked of: facts of the exchange, the request, and the response where there is one.
+//! The input of expressions: facts of the exchange, the request, and the response if there is one.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,65 +10,65 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use crate::error::Refusal;
 use crate::phase::Phase;
 
-/// What is known of an exchange beside its headers.
+/// Facts of an exchange, apart from its headers.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
-    /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
+    /// The client's address: that of the peer, or the one given by a trusted proxy. `None` on a unix socket.
     pub client: Option<IpAddr>,
-    /// How much of that address is one client, where limits are per client.
+    /// The part of the address that identifies a client in limits.
     pub prefix: Prefix,
-    /// The client's port; 0 if a proxy stands between, or on a unix socket.
+    /// The client's port; 0 behind a proxy or on a unix socket.
     pub port: u16,
-    /// `http` or `https`, as the client spoke it.
+    /// The scheme that the client used, `http` or `https`.
     pub scheme: &'static str,
-    /// The name of the listener that the client came to.
+    /// The name of the listener that accepted the client.
     pub listener: &'a str,
     /// The name of the route.
     pub route: &'a str,
-    /// The path of the request as routes see it: the client's, in its canonical form.
+    /// The path of the request for route matching: the client's path in its canonical form.
     pub path: &'a str,
     /// The TLS connection of the client.
     pub secured: Secured<'a>,
-    /// The request ended with its header, whatever that announces: HTTP/2 says so.
+    /// The request ended with its header, whatever its fields announce; known from HTTP/2.
     pub ended: bool,
-    /// How fast the client is.
+    /// The client's transfer rate.
     pub pace: Pace,
-    /// When the first byte of the request came.
+    /// The time of the first byte of the request.
     pub begun: Instant,
-    /// The status of the response, from when its header is here; 0 before.
+    /// The status of the response, once its header was received; 0 before.
     pub status: u16,
-    /// Who asks, once a filter has found out.
+    /// The identity of the client, once a filter has determined it.
     pub identity: Option<&'a Identity>,
-    /// Who has made the response, where that is known.
+    /// The origin of the response, if it is known.
     pub author: Option<Author>,
-    /// How often the request has been sent, or begun to be; from 1 on while its body passes.
+    /// The number of attempts to send the request; from 1 on while its body passes.
     pub attempt: u32,
 }
 
-/// Who has made a response.
+/// The origin of a response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Author {
     /// An endpoint.
     Endpoint,
     /// Forebay, which refuses the request for this reason.
     Gateway(&'static Refusal),
-    /// A filter, which answers itself.
+    /// A filter that answers.
     Filter,
 }
 
-/// Who asks, as a filter has found out: what `auth` and `jwt` are in expressions.
+/// The identity of the client, as determined by a filter: `auth` and `jwt` in expressions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// The name of the user, of the key or of the subject; may be empty.
+    /// The name of the user, key or subject; may be empty.
     pub user: Box<str>,
-    /// The key of the filter that found out.
+    /// The key of the filter that determined it.
     pub by: &'static str,
-    /// Names and values of the claims of a token, in the order of their names. One that is a list has several values.
+    /// Names and values of a token's claims, sorted by name. A list has several values.
     pub claims: Vec<(Box<str>, Vec<Box<str>>)>,
 }
 
 impl Identity {
-    /// The values of a claim; none, if it is not there.
+    /// The values of a claim; empty if it is missing.
     pub fn claim(&self, name: &[u8]) -> &[Box<str>] {
         let place = self.claims.binary_search_by(|(known, _)| known.as_bytes().cmp(name));
         place.map_or(&[], |place| &self.claims[place].1)
@@ -76,7 +76,7 @@ impl Identity {
 }
 
 impl<'a> Facts<'a> {
-    /// Those of an exchange of which nothing is known but its route and the path that it asks for.
+    /// The facts of an exchange of which only the route and the path are known.
     pub fn of(route: &'a str, path: &'a str) -> Self {
         Facts {
             client: None,
@@ -97,7 +97,7 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// What expressions are asked of, with this request.
+    /// The input of expressions for this request.
     pub fn asked(self, request: &'a RequestHeader) -> Asked<'a> {
         Asked {
             facts: self,
@@ -111,7 +111,7 @@ impl<'a> Facts<'a> {
 }
 
 impl Facts<'_> {
-    /// The same, if this is who asks.
+    /// The same with this identity.
     pub(crate) fn of_whom<'i>(&self, identity: Option<&'i Identity>) -> Facts<'i>
     where
         Self: 'i,
@@ -119,7 +119,7 @@ impl Facts<'_> {
         Facts { identity: identity.or(self.identity), ..*self }
     }
 
-    /// Why Forebay refuses the request, if it does.
+    /// The reason for which Forebay refuses the request, if it does.
     pub fn refusal(&self) -> Option<&'static Refusal> {
         match self.author {
             Some(Author::Gateway(refusal)) => Some(refusal),
@@ -127,13 +127,13 @@ impl Facts<'_> {
         }
     }
 
-    /// The time of day at which the exchange began.
+    /// The wall-clock time at which the exchange began.
     pub fn began_at(&self) -> SystemTime {
         SystemTime::now().checked_sub(self.begun.elapsed()).unwrap_or(UNIX_EPOCH)
     }
 }
 
-/// How much of an address is one client, where limits are per client.
+/// The part of an address that identifies a client in limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prefix {
     /// The bits of an IPv4 address, from 1 to 32.
@@ -149,8 +149,8 @@ impl Default for Prefix {
 }
 
 impl Prefix {
-    /// The client that has this address: an address, or a network such as `2001:db8::/64`. One of IPv4 that came in by
-    /// way of IPv6 is one of IPv4.
+    /// The client with this address: an address, or a network such as `2001:db8::/64`. An IPv4 address in IPv6 form
+    /// counts as IPv4.
     pub(super) fn network(self, address: IpAddr) -> String {
         let address = address.to_canonical();
         let (bits, all) = if address.is_ipv4() { (self.v4, 32) } else { (self.v6, 128) };
@@ -161,30 +161,30 @@ impl Prefix {
     }
 }
 
-/// What is known of the client's TLS connection; all empty in clear text.
+/// Facts of the client's TLS connection; all are empty without TLS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Secured<'a> {
     /// The version, such as `TLSv1.3`.
     pub version: &'a str,
-    /// The server name that the client asked for (SNI).
+    /// The server name from the client (SNI).
     pub sni: &'a str,
     /// The subject of the client's certificate.
     pub subject: &'a str,
-    /// The further names of that certificate, with a comma between two.
+    /// The alternative names of that certificate, separated by commas.
     pub names: &'a str,
-    /// SHA-256 of that certificate, in hexadecimal.
+    /// The SHA-256 of that certificate, in hexadecimal.
     pub fingerprint: &'a str,
 }
 
-/// How the client did in the last phase in which it was waited for: `header` while its request comes, `buffer`
-/// once its body has come, `write` once it has taken the answer.
+/// The client's transfer in the last phase that waited for it: `header` while its request is received, `buffer` after
+/// its body, `write` after the response.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pace {
-    /// That phase.
+    /// The phase.
     pub phase: Phase,
-    /// How long it lasted.
+    /// The duration.
     pub age: Duration,
-    /// The bytes that the client moved in it; `None` if they are those of the request header.
+    /// The bytes transferred in it; `None`: the size of the request header.
     pub bytes: Option<u64>,
 }
 
@@ -194,34 +194,34 @@ impl Default for Pace {
     }
 }
 
-/// A client that took at least so long ...
+/// A client with at least this duration ...
 const SLOW_AGE: Duration = Duration::from_secs(1);
-/// ... and moved less than so many bytes a second is slow.
+/// ... and less than this number of bytes per second is slow.
 const SLOW_RATE: f64 = 4096.0;
 
-/// What an expression, or a key, is looked for in.
+/// The input of expressions and keys.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
-    /// What is known of the exchange.
+    /// The facts of the exchange.
     pub facts: Facts<'a>,
     /// The method.
     pub method: &'a Method,
     /// The target of the request.
     pub target: &'a Uri,
-    /// The version of HTTP that the client speaks.
+    /// The client's HTTP version.
     pub version: Version,
     /// The header of the request.
     pub headers: &'a HeaderMap,
-    /// The response, where there is one.
+    /// The response, if there is one.
     pub response: Option<Response<'a>>,
 }
 
-/// A response as it is asked about.
+/// A response as the input of expressions.
 #[derive(Clone, Copy, Debug)]
 pub struct Response<'a> {
     /// Its status; 0 if none was sent.
     pub code: u16,
-    /// Its header, if there is one left.
+    /// Its header, if it still exists.
     pub headers: Option<&'a HeaderMap>,
 }
 
@@ -234,12 +234,13 @@ impl<'a> Asked<'a> {
 }
 
 impl Asked<'_> {
-    /// Seconds of the client's last phase.
+    /// The duration of the client's last phase, in seconds.
     pub(super) fn phase_age(&self) -> f64 {
         self.facts.pace.age.as_secs_f64()
     }
 
-    /// Bytes a second. A phase of less than a millisecond counts as one: nobody can tell a rate by it.
+    /// The rate in bytes per second. A phase of less than a millisecond counts as one, since its rate would be
+    /// meaningless.
     pub(super) fn rate(&self) -> f64 {
         let bytes = self.facts.pace.bytes.unwrap_or_else(|| self.header_bytes());
         bytes as f64 / self.phase_age().max(0.001)
@@ -249,7 +250,7 @@ impl Asked<'_> {
         self.facts.pace.age >= SLOW_AGE && self.rate() < SLOW_RATE
     }
 
-    /// About what the header takes on HTTP/1: two bytes stand between a name and its value, two behind it.
+    /// The approximate size of the header in HTTP/1: two bytes between name and value, and two after the value.
     fn header_bytes(&self) -> u64 {
         let fields = self.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4);
         let line = self.method.as_str().len() + self.target.path_and_query().map_or(1, |it| it.as_str().len()) + 12;

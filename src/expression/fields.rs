@@ -1,9 +1,9 @@
-//! How fields of a request are read that are no headers: cookies, and arguments of the query.
+//! Reads cookies and query arguments of a request.
 
 use http::HeaderMap;
 use http::header::COOKIE;
 
-/// RFC 6265 §4.2.1: pairs between semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
+/// RFC 6265 §4.2.1: pairs separated by semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
 pub fn cookie<'s>(headers: &'s HeaderMap, name: &[u8]) -> Option<&'s [u8]> {
     cookies(headers, name).next()
 }
@@ -15,7 +15,7 @@ pub fn cookies<'s>(headers: &'s HeaderMap, name: &[u8]) -> impl Iterator<Item = 
     pairs.filter_map(move |pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
 }
 
-/// The value of the first argument of this name in `query`, as it was sent; [`decoded`] makes it what it means.
+/// The value of the first argument of this name in `query`, as it was sent; [`decoded`] decodes it.
 pub fn argument<'q>(query: &'q str, name: &[u8]) -> Option<&'q str> {
     arguments(query, name).next()
 }
@@ -26,7 +26,7 @@ pub fn arguments<'q>(query: &'q str, name: &[u8]) -> impl Iterator<Item = &'q st
     pairs.filter(move |(key, _)| decoded(key).eq(name.iter().copied())).map(|(_, value)| value)
 }
 
-/// Undoes `%41` and `+`, as forms write them. A `%` without two hex digits stands for itself.
+/// Decodes `%41` and `+`, as in forms. A `%` without two hex digits is kept.
 pub fn decoded(text: &str) -> impl Iterator<Item = u8> + '_ {
     let mut rest = text.as_bytes();
     std::iter::from_fn(move || {
@@ -38,7 +38,7 @@ pub fn decoded(text: &str) -> impl Iterator<Item = u8> + '_ {
     })
 }
 
-/// The byte that two hex digits stand for, and what follows them.
+/// The byte for two hex digits, and the rest.
 fn hex<'t>((digits, after): (&'t [u8], &'t [u8])) -> Option<(u8, &'t [u8])> {
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     Some((digit(digits[0])? << 4 | digit(digits[1])?, after))

@@ -1,22 +1,22 @@
-//! Texts under names: further fields of the access log, and attributes of spans.
+//! Named texts: additional fields of the access log, and attributes of spans.
 
 use std::borrow::Cow;
 
 use super::{Asked, Value};
 
-/// Names with their texts, in the order of their names.
+/// Names with their texts, sorted by name.
 #[derive(Clone, Debug, Default)]
 pub struct Named(Box<[(Box<str>, Words)]>);
 
-/// A name and its text in one exchange.
+/// A name with its text in one exchange.
 pub type Said<'a> = (&'a str, Cow<'a, [u8]>);
 
-/// A text that is fixed, or made for each exchange.
+/// A text, fixed or computed for each exchange.
 #[derive(Clone, Debug)]
 pub enum Words {
-    /// As it is.
+    /// Fixed.
     Fixed(Box<str>),
-    /// What an expression makes.
+    /// The result of an expression.
     Made(Value),
 }
 
@@ -27,7 +27,7 @@ impl FromIterator<(Box<str>, Words)> for Named {
 }
 
 impl Named {
-    /// The texts of this exchange, without those that are empty. Allocates nothing if there are no names.
+    /// The texts of this exchange, without empty ones. Allocates nothing if there are no names.
     pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Box<[Said<'a>]> {
         let text = |(name, words): &'a (Box<str>, Words)| {
             let text = match words {

@@ -1,4 +1,4 @@
-//! From text to a tree, by the `cel` crate; what it finds wrong is put into our words.
+//! Parses text to a tree with the `cel` crate, and translates its error messages.
 
 use std::ops::Range;
 
@@ -7,10 +7,10 @@ use cel::parser::{ParseError, Parser};
 
 use super::Mistake;
 
-/// Brackets within brackets, beyond which nobody can read an expression. The parser's own limit is 96.
+/// The nesting limit of brackets; deeper expressions are unreadable. The parser's own limit is 96.
 const BRACKETS_MAX: usize = 64;
 
-/// An expression as it was parsed, with the place of each node.
+/// A parsed expression with the place of each node.
 pub(super) struct Tree<'w> {
     pub root: IdedExpr,
     written: &'w str,
@@ -32,7 +32,7 @@ pub(super) fn tree(written: &str) -> Result<Tree<'_>, Mistake> {
     }
 }
 
-/// The bracket that is one too deep; those in literals do not count.
+/// The first bracket beyond the limit. Brackets in literals do not count.
 fn too_deep(written: &str) -> Option<usize> {
     let (mut depth, mut quote, mut escaped) = (0usize, None, false);
     for (at, byte) in written.bytes().enumerate() {
@@ -55,7 +55,7 @@ fn too_deep(written: &str) -> Option<usize> {
     None
 }
 
-/// The first error of the parser. Its own words name tokens of a grammar.
+/// The first error of the parser. Its own message names tokens of a grammar.
 fn mistake(written: &str, error: &ParseError) -> Mistake {
     let start = byte_of(written, error.pos);
     let here = start..end_of_token(written, start);
@@ -101,16 +101,16 @@ fn mistake(written: &str, error: &ParseError) -> Mistake {
     Mistake::new(here, told)
 }
 
-/// What is said of `all`, `map` and the like.
+/// The message for `all`, `map` and the like.
 pub(super) const LOOPS: &str = "`all`, `exists`, `exists_one`, `map` and `filter` are not offered, so that the cost of an \
                                 expression is bounded: name what you look for, as in `\"a\" in request.headers[\"x\"].split(\",\")`";
 
-/// The one token that the parser would have put in.
+/// The single token that the parser expected.
 fn missing(message: &str) -> Option<&str> {
     message.strip_prefix("missing '")?.split_once('\'').map(|(token, _)| token)
 }
 
-/// The byte at a line and a column, both from 1, the column in characters.
+/// The byte at a line and a column. Both count from 1, the column in characters.
 fn byte_of(written: &str, (line, column): (isize, isize)) -> usize {
     let (line, column) = (usize::try_from(line).unwrap_or(1).max(1), usize::try_from(column).unwrap_or(1).max(1));
     let start: usize = written.split_inclusive('\n').take(line - 1).map(str::len).sum();
@@ -122,7 +122,7 @@ fn last_char(written: &str, end: usize) -> usize {
     written[..end].char_indices().next_back().map_or(0, |(at, _)| at)
 }
 
-/// The end of the word, the number or the sign that begins at `start`.
+/// The end of the word, number or sign at `start`.
 fn end_of_token(written: &str, start: usize) -> usize {
     let rest = &written[start..];
     let word = rest.find(|c: char| !is_word(c)).unwrap_or(rest.len());
@@ -134,11 +134,11 @@ fn is_word(c: char) -> bool {
 }
 
 impl Tree<'_> {
-    /// The bytes that a node is written with, without brackets around it.
+    /// The bytes of a node, without brackets around it.
     pub fn place(&self, node: &IdedExpr) -> Range<usize> {
         let token = self.token(node);
         match &node.expr {
-            // `has(a.b)` is a selection to the parser, and its place the bracket.
+            // For the parser, `has(a.b)` is a selection at the place of the bracket.
             Expr::Select(select) if select.test => self.word_before(token.start)..self.closing(token.start),
             Expr::Select(select) => {
                 let operand = self.place(&select.operand);
@@ -155,20 +155,20 @@ impl Tree<'_> {
                 None => self.word_before(token.start)..self.closing(token.start),
             },
             Expr::List(_) | Expr::Map(_) | Expr::Struct(_) => token.start..self.closing(token.start),
-            // The sign of a literal is no part of its token.
+            // The token of a literal does not include its sign.
             Expr::Literal(_) if self.written[..token.start].ends_with('-') => token.start - 1..token.end,
             _ => token,
         }
     }
 
-    /// The name of the function that a call calls.
+    /// The name of the called function.
     pub fn name_of(&self, node: &IdedExpr) -> Range<usize> {
         let bracket = self.token(node).start;
         let end = self.written[..bracket].trim_end().len();
         self.word_before(bracket)..end
     }
 
-    /// The name of the field that is selected.
+    /// The name of the selected field.
     pub fn field_of(&self, node: &IdedExpr) -> Range<usize> {
         let end = self.word_behind(self.token(node).end);
         let start = self.written[..end].rfind(|c: char| !is_word(c)).map_or(0, |at| at + 1);
@@ -180,7 +180,7 @@ impl Tree<'_> {
         self.written.get(place).unwrap_or_default()
     }
 
-    /// The bytes of the token by which the parser knows a node; all of the expression for one that it has made up.
+    /// The bytes of the token to which the parser assigned the node. For generated nodes, the whole expression.
     fn token(&self, node: &IdedExpr) -> Range<usize> {
         let Some((first, last)) = self.places.offset_for(node.id) else { return 0..self.written.len() };
         let within = |at: u32| usize::try_from(at).unwrap_or(usize::MAX).min(self.written.len());
@@ -192,13 +192,13 @@ impl Tree<'_> {
         }
     }
 
-    /// Where the word that ends before `at` begins.
+    /// The start of the word that ends before `at`.
     fn word_before(&self, at: usize) -> usize {
         let before = self.written[..at].trim_end();
         before.rfind(|c: char| !is_word(c)).map_or(0, |at| at + before[at..].chars().next().map_or(1, char::len_utf8))
     }
 
-    /// Where the word that begins behind `at` ends.
+    /// The end of the word that begins after `at`.
     fn word_behind(&self, at: usize) -> usize {
         let rest = &self.written[at..];
         let blank = rest.len() - rest.trim_start().len();
@@ -206,7 +206,7 @@ impl Tree<'_> {
         at + blank + word.find(|c: char| !is_word(c)).unwrap_or(word.len())
     }
 
-    /// Behind the bracket that closes the one at `at`.
+    /// The byte after the bracket that closes the one at `at`.
     fn closing(&self, at: usize) -> usize {
         let (mut depth, mut quote, mut escaped) = (0usize, None, false);
         for (offset, byte) in self.written.bytes().enumerate().skip(at) {
@@ -230,7 +230,7 @@ impl Tree<'_> {
     }
 }
 
-/// Operators have names that no function can have: `_+_`, `!_`, `@in`.
+/// Operators have names that functions cannot have: `_+_`, `!_`, `@in`.
 fn is_operator(name: &str) -> bool {
     name.bytes().any(|byte| !byte.is_ascii_alphanumeric() && byte != b'_' && byte != b'.')
 }

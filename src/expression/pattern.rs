@@ -1,9 +1,9 @@
-//! Patterns of `matches`: with the meaning that they have in CEL, and of bounded cost.
+//! Patterns of `matches`, with CEL's semantics and bounded cost.
 //!
-//! The time of a search is linear in the text, but what one byte costs depends on the pattern: about a nanosecond where
-//! an automaton of a modest number of states decides, and tens of microseconds where thousands of ways to match have to
-//! be followed side by side. A client chooses the text, so that a header would keep a worker busy for seconds. So all
-//! states of the automaton are visited when the file is loaded, and a pattern that has too many is refused.
+//! The time of a search is linear in the text, but the cost per byte depends on the pattern: about a nanosecond with
+//! an automaton of moderate size, and tens of microseconds if thousands of ways to match must be followed in
+//! parallel. The client chooses the text, so a header could keep a worker busy for seconds. Therefore all states of
+//! the automaton are visited when the file is loaded, and a pattern with too many states is refused.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -15,33 +15,32 @@ use regex_automata::util::syntax;
 use regex_automata::{Anchored, Input};
 use regex_syntax::ast::{self, Ast, ClassPerl, ClassPerlKind, ClassSetItem, Visitor};
 
-/// What a compiled pattern may take, before its automaton.
+/// The size limit of a compiled pattern, without its automaton.
 const BYTES_MAX: usize = 1 << 20;
-/// What its automaton may take. It is made as texts need it, and fits in here as a whole.
+/// The size limit of its automaton. The automaton is built on demand, and fits completely.
 const AUTOMATON_BYTES_MAX: usize = 2 << 20;
-/// A pattern that the automaton leaves to a slower way, where a text has characters beyond ASCII, may have so many
-/// states there.
+/// The limit on states with a slower matcher, for patterns that need it for characters outside ASCII.
 const SLOW_STATES_MAX: usize = 100;
-/// So may one of which groups are kept: they are found in a slower way, in each match alone.
+/// The limit on states of a pattern with groups: a slower matcher finds the groups in each match.
 const GROUPS_STATES_MAX: usize = 400;
 
 /// Compiles a pattern.
 ///
 /// # Errors
-/// Why it is none that can be used.
+/// The reason for refusing the pattern.
 pub(super) fn compile(written: &str) -> Result<Regex, String> {
     let pattern = read(written)?;
-    // `.` is a line break, too: `%0A` in an argument would hide what stands behind it from `a.*b`.
+    // `.` also matches a line break: otherwise `%0A` in an argument would hide the following text from `a.*b`.
     let mut builder = RegexBuilder::new(&pattern);
     builder.dot_matches_new_line(true).size_limit(BYTES_MAX).dfa_size_limit(2 * AUTOMATON_BYTES_MAX);
     let compiled = builder.build().map_err(told)?;
     if is_bounded(&pattern, SLOW_STATES_MAX) { Ok(compiled) } else { Err(TOO_COSTLY.to_owned()) }
 }
 
-/// Compiles a pattern that is looked for in a body, of which it may keep groups. `.` is no line break here.
+/// Compiles a pattern for bodies, optionally with groups. Here `.` does not match a line break.
 ///
 /// # Errors
-/// Why it is none that can be used.
+/// The reason for refusing the pattern.
 pub(crate) fn in_bytes(written: &str) -> Result<bytes::Regex, String> {
     let pattern = format!("(?-s:{})", read(written)?);
     let mut builder = bytes::RegexBuilder::new(&pattern);
@@ -65,8 +64,8 @@ fn told(error: regex::Error) -> String {
 
 const TOO_COSTLY: &str = "a long text would take too long; count less, or let it begin with `^`";
 
-/// RE2, which CEL means, has `\d`, `\s`, `\w` and `\b` for ASCII. Those of Unicode would take a hundred times as many
-/// states.
+/// In RE2, which CEL requires, `\d`, `\s`, `\w` and `\b` are for ASCII. The Unicode classes would take a hundred
+/// times as many states.
 fn in_ascii(written: &str, ast: &Ast) -> String {
     let mut pattern = String::with_capacity(written.len());
     let mut rest = 0;
@@ -78,7 +77,7 @@ fn in_ascii(written: &str, ast: &Ast) -> String {
     pattern + &written[rest..]
 }
 
-/// What is to be replaced in a pattern, in its order.
+/// The replacements in a pattern, in their order.
 #[derive(Default)]
 struct Found(Vec<(Range<usize>, &'static str)>);
 
@@ -127,13 +126,13 @@ impl Visitor for Found {
     }
 }
 
-/// The states of a pattern where every way to match is followed; as many as can be, if there are too many.
+/// The number of states if every way to match is followed; `usize::MAX` if there are too many to compile.
 fn states(pattern: &str) -> usize {
     thompson::NFA::new(pattern).map_or(usize::MAX, |nfa| nfa.states().len())
 }
 
-/// Whether all that the automaton of a pattern can become fits into its bounds. It is found by going everywhere. One
-/// that leaves some texts to a slower way may have `slow_max` states there.
+/// Whether the complete automaton of a pattern fits into its limits. Visits all states. A pattern that needs the
+/// slower matcher for some texts may have `slow_max` states there.
 fn is_bounded(pattern: &str, slow_max: usize) -> bool {
     let config = DFA::config()
         .cache_capacity(AUTOMATON_BYTES_MAX)
@@ -144,7 +143,7 @@ fn is_bounded(pattern: &str, slow_max: usize) -> bool {
         .syntax(syntax::Config::new().dot_matches_new_line(true))
         .thompson(thompson::Config::new().which_captures(WhichCaptures::None))
         .build(pattern);
-    // One that is too large for a single of its states is not built at all.
+    // An automaton is not built if a single state is too large.
     let Ok(automaton) = automaton else { return false };
     let mut cache = automaton.create_cache();
     let Ok(start) = automaton.start_state_forward(&mut cache, &Input::new("").anchored(Anchored::No)) else {
@@ -155,7 +154,7 @@ fn is_bounded(pattern: &str, slow_max: usize) -> bool {
         for byte in automaton.byte_classes().representatives(0..=u8::MAX).filter_map(|unit| unit.as_u8()) {
             let Ok(next) = automaton.next_state(&mut cache, state, byte) else { return false };
             quits |= next.is_quit();
-            // Behind a match nothing is looked for.
+            // The search ends at a match.
             if !(next.is_quit() || next.is_dead() || next.is_match()) && known.insert(next) {
                 open.push(next);
             }
@@ -238,14 +237,14 @@ mod tests {
                 continue;
             };
             for text in &texts {
-                // The first search makes the automaton.
+                // The first search builds the automaton.
                 regex.is_match(text);
                 let best = (0..3).map(|_| {
                     let begun = Instant::now();
                     regex.is_match(text);
                     begun.elapsed()
                 });
-                // Some 50 µs in a build with optimisation, on a machine for itself.
+                // About 50 µs with optimisation on an idle machine.
                 assert!(best.min().unwrap_or_default() < Duration::from_millis(100), "{pattern}");
             }
         }

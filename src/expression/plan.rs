@@ -1,8 +1,8 @@
-//! What runs: an expression as a tree of typed nodes, in which names are looked up, patterns compiled and literals
-//! ready.
+//! The evaluated form of an expression: a tree of typed nodes with resolved names, compiled patterns and parsed
+//! literals.
 //!
-//! Text is bytes, for a header may hold any; it is borrowed wherever it stands in the request as it is. Patterns and
-//! characters are of UTF-8: a byte that belongs to none counts as one character, which a pattern sees as U+FFFD.
+//! Text is bytes, since a header may contain any, and is borrowed from the request where possible. Patterns and
+//! characters use UTF-8: an invalid byte counts as one character, which a pattern sees as U+FFFD.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -21,16 +21,16 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::facts::Asked;
 use super::fields::{arguments, cookies, decoded};
 
-/// What `replace` makes larger than this is cut off, unless the text was larger before: else a few of them within each
-/// other would make text without end. It is much more than a header of the usual limit becomes if each of its
-/// characters is replaced by an escape. A replacement that is no longer than what it replaces has no limit, so that
-/// padding cannot keep anything from being removed.
+/// The limit on growth by `replace`: the result is truncated at this length, unless the input was longer. Otherwise
+/// nested calls could produce unbounded text. It is much more than a header of the usual limit becomes if each
+/// character is replaced by an escape. A replacement that is not longer than the replaced text has no limit, so that
+/// padding cannot keep text from being removed.
 pub(super) const REPLACED_BYTES_MAX: usize = 256 * 1024;
 
-/// Text of a request, of the file, or put together.
+/// Text from the request, the file, or a computation.
 pub(super) type Bytes<'a> = Cow<'a, [u8]>;
 
-/// A node that holds or does not.
+/// A node of type bool.
 #[derive(Debug)]
 pub(super) enum Condition {
     Literal(bool),
@@ -38,7 +38,7 @@ pub(super) enum Condition {
     All(Box<[Condition]>),
     Any(Box<[Condition]>),
     Choice(Box<(Condition, Condition, Condition)>),
-    /// Both hold, or neither does.
+    /// Both are true, or both are false.
     Same(Box<[Condition; 2]>),
     Has(Field),
     IsSlow,
@@ -52,7 +52,7 @@ pub(super) enum Condition {
     ContainsLiteral(Text, Box<Finder<'static>>),
     Matches(Text, Box<Regex>),
     OneOf(Text, Box<[Text]>),
-    /// An item of what `split` gives.
+    /// An item of the result of `split`.
     Listed(Text, Box<Split>),
     /// One of the values under a name.
     Among(Text, Box<Field>),
@@ -64,7 +64,7 @@ pub(super) enum Condition {
     IsAddress(Text),
 }
 
-/// A network, as addresses are compared with it.
+/// A network for comparison with addresses.
 #[derive(Debug)]
 pub(super) enum Network {
     V4 { bits: u32, mask: u32 },
@@ -99,7 +99,7 @@ pub(super) enum Comparison {
 }
 
 impl Comparison {
-    /// What is not a number is not equal to anything, and neither less nor greater.
+    /// NaN is not equal to anything, and neither less nor greater.
     fn holds(self, order: Option<Ordering>) -> bool {
         match self {
             Comparison::Equal => order == Some(Ordering::Equal),
@@ -111,20 +111,20 @@ impl Comparison {
     }
 }
 
-/// Something that is there under a name, or is not.
+/// A named value that may be missing.
 #[derive(Debug)]
 pub(super) enum Field {
     Header(HeaderName),
     Cookie(Box<[u8]>),
     Argument(Box<[u8]>),
     ResponseHeader(HeaderName),
-    /// The further names in the client's certificate.
+    /// The alternative names in the client's certificate.
     PeerNames,
     /// A claim of the token that a filter has accepted.
     Claim(Box<[u8]>),
 }
 
-/// A node that makes text.
+/// A node of type string.
 #[derive(Debug)]
 pub(super) enum Text {
     Literal(Box<[u8]>),
@@ -167,14 +167,14 @@ pub(super) enum Text {
     Choice(Box<(Condition, Text, Text)>),
 }
 
-/// The pieces of a text between its separators.
+/// The pieces of a text between separators.
 #[derive(Debug)]
 pub(super) struct Split {
     pub of: Text,
     pub by: Text,
 }
 
-/// A node that makes a whole number.
+/// A node of type int.
 #[derive(Debug)]
 pub(super) enum Int {
     Literal(i64),
@@ -198,7 +198,7 @@ pub(super) enum Int {
     Choice(Box<(Condition, Int, Int)>),
 }
 
-/// A node that makes a number.
+/// A node of type double.
 #[derive(Debug)]
 pub(super) enum Double {
     Literal(f64),
@@ -214,14 +214,14 @@ pub(super) enum Double {
     Choice(Box<(Condition, Double, Double)>),
 }
 
-/// A number of either kind, to be compared with another.
+/// A number of either type, for comparison with another one.
 #[derive(Debug)]
 pub(super) enum Number {
     Int(Int),
     Double(Double),
 }
 
-/// A node that makes an address; there may be none.
+/// A node of type address; the address may be missing.
 #[derive(Debug)]
 pub(super) enum Address {
     Client,
@@ -280,7 +280,7 @@ impl Condition {
     }
 }
 
-/// Whether this holds for two texts.
+/// The result for two texts.
 fn compared(both: &[Text; 2], asked: &Asked<'_>, holds: impl FnOnce(&[u8], &[u8]) -> bool) -> bool {
     both[0].read(asked, |text| both[1].read(asked, |other| holds(text, other)))
 }
@@ -293,7 +293,7 @@ fn matches(text: &[u8], pattern: &Regex) -> bool {
 }
 
 impl Field {
-    /// All that is there under the name, if it stands in the request as it is.
+    /// All values of the name, if they can be borrowed from the request.
     fn plain<'a>(&self, asked: &Asked<'a>) -> Option<&'a [u8]> {
         let one = |headers: &'a HeaderMap, name: &HeaderName| {
             let mut values = headers.get_all(name).iter();
@@ -314,7 +314,7 @@ impl Field {
         }
     }
 
-    /// One of the values under the name, counted from 0; empty if there is none.
+    /// The value of the name with this index, from 0; empty if there is none.
     fn nth<'a>(&'a self, asked: &Asked<'a>, number: i64) -> Bytes<'a> {
         let Ok(mut left) = usize::try_from(number) else { return EMPTY };
         let mut found = EMPTY;
@@ -344,7 +344,7 @@ impl Field {
         }
     }
 
-    /// All that is there under the name, in one; empty if nothing is.
+    /// All values of the name as one text; empty if there are none.
     fn of<'a>(&self, asked: &Asked<'a>) -> Bytes<'a> {
         match self {
             Field::Header(name) => header_of(asked.headers, name),
@@ -359,7 +359,7 @@ impl Field {
         }
     }
 
-    /// Whether this holds for one of the values under the name; those after that are not asked.
+    /// Whether this holds for one of the values of the name. Stops at the first one.
     fn any<'a>(&self, asked: &Asked<'a>, mut holds: impl FnMut(Bytes<'a>) -> bool) -> bool {
         match self {
             Field::Header(name) => listed(asked.headers, name).any(|value| holds(Cow::Borrowed(value))),
@@ -380,13 +380,13 @@ impl Field {
 
 const EMPTY: Bytes<'static> = Cow::Borrowed(&[]);
 
-/// The values of a claim; none, if no filter has accepted a token with it.
+/// The values of a claim; empty if no filter has accepted a token with it.
 fn claim<'a>(asked: &Asked<'a>, name: &[u8]) -> &'a [Box<str>] {
     asked.facts.identity.map_or(&[], |identity| identity.claim(name))
 }
 
-/// Values of one name as one text, as RFC 9110 §5.3 has it for headers: a rule that saw the first one only could be
-/// gone round with a second.
+/// Several values of one name as one text, as in RFC 9110 §5.3: if a rule read only the first value, a second one
+/// could bypass it.
 fn joined<'a>(mut values: impl Iterator<Item = Bytes<'a>>) -> Bytes<'a> {
     let Some(first) = values.next() else { return EMPTY };
     let Some(second) = values.next() else { return first };
@@ -402,8 +402,7 @@ fn header_of<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Bytes<'a> {
     joined(headers.get_all(name).iter().map(|value| Cow::Borrowed(value.as_bytes())))
 }
 
-/// The items of a header that is a list (RFC 9110 §5.6.1): those between commas, of each of its lines, but no empty
-/// ones.
+/// The items of a list header (RFC 9110 §5.6.1): those between commas in each of its lines, without empty ones.
 fn listed<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
     let items = headers.get_all(name).iter().flat_map(|line| line.as_bytes().split(|&byte| byte == b','));
     items.map(<[u8]>::trim_ascii).filter(|item| !item.is_empty())
@@ -420,13 +419,12 @@ fn queried<'a>(asked: &Asked<'a>, name: &[u8]) -> impl Iterator<Item = Bytes<'a>
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 impl Text {
-    /// The text that it makes.
+    /// Evaluates to text.
     pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Bytes<'a> {
         self.plain(asked).map_or_else(|| self.made(asked), Cow::Borrowed)
     }
 
-    /// Reads the text that it makes. Most of them stand in the request as they are, and are read there at next to no
-    /// cost.
+    /// Evaluates to text and reads it. Most texts are borrowed from the request at almost no cost.
     #[inline]
     fn read<R>(&self, asked: &Asked<'_>, read: impl FnOnce(&[u8]) -> R) -> R {
         match self.plain(asked) {
@@ -435,7 +433,7 @@ impl Text {
         }
     }
 
-    /// The text, if it stands in the request or in the expression as it is.
+    /// The text, if it can be borrowed from the request or the expression.
     #[inline]
     fn plain<'a>(&'a self, asked: &Asked<'a>) -> Option<&'a [u8]> {
         Some(match self {
@@ -454,7 +452,7 @@ impl Text {
     #[inline(never)]
     fn made<'a>(&'a self, asked: &Asked<'a>) -> Bytes<'a> {
         match self {
-            // These are read as they are.
+            // These are borrowed.
             Text::Literal(_)
             | Text::Method
             | Text::Path
@@ -527,7 +525,7 @@ impl Text {
     }
 }
 
-/// One of the pieces of a text, by its number from 0; empty where there are not as many.
+/// The piece of a text with this index, from 0; empty if there are fewer.
 fn item<'a>(of: Bytes<'a>, by: &[u8], number: i64) -> Bytes<'a> {
     let Ok(number) = usize::try_from(number) else { return EMPTY };
     match of {
@@ -536,7 +534,7 @@ fn item<'a>(of: Bytes<'a>, by: &[u8], number: i64) -> Bytes<'a> {
     }
 }
 
-/// Padding may be there or not, as in the tokens of browsers and of mail.
+/// Padding is optional, as in tokens of browsers and of mail.
 const LENIENT: GeneralPurpose = GeneralPurpose::new(
     &base64::alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
@@ -551,7 +549,7 @@ fn version(version: Version) -> &'static str {
     }
 }
 
-/// The host as routes see it: without its port, in lower case, without the dot of the root.
+/// The host as in route matching: without its port, in lower case, without a final dot.
 fn host(written: &[u8]) -> Bytes<'_> {
     let port = written.iter().rposition(|&byte| byte == b':').filter(|_| !written.ends_with(b"]"));
     let name = &written[..port.unwrap_or(written.len())];
@@ -559,7 +557,7 @@ fn host(written: &[u8]) -> Bytes<'_> {
     cased(Cow::Borrowed(name), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase)
 }
 
-/// Changes the case of a text that has letters of the other one.
+/// Changes the case of a text, if it has letters of the other case.
 fn cased(text: Bytes<'_>, other: fn(&u8) -> bool, change: fn(&mut [u8])) -> Bytes<'_> {
     if !text.iter().any(other) {
         return text;
@@ -569,7 +567,7 @@ fn cased(text: Bytes<'_>, other: fn(&u8) -> bool, change: fn(&mut [u8])) -> Byte
     Cow::Owned(text)
 }
 
-/// Puts `new` in the place of each `old`; what is beyond [`REPLACED_BYTES_MAX`] is cut off. An empty `old` is nowhere.
+/// Replaces each `old` by `new`. The result is truncated at [`REPLACED_BYTES_MAX`]. An empty `old` matches nothing.
 fn replaced<'a>(text: Bytes<'a>, old: &[u8], new: &[u8]) -> Bytes<'a> {
     if old.is_empty() {
         return text;
@@ -594,7 +592,7 @@ fn replaced<'a>(text: Bytes<'a>, old: &[u8], new: &[u8]) -> Bytes<'a> {
     }
 }
 
-/// From one character to before another; what lies outside of the text is cut off.
+/// The characters from one index to before another. Indexes outside the text are clamped.
 fn substring(text: Bytes<'_>, from: i64, to: Option<i64>) -> Bytes<'_> {
     let at = |number: i64| {
         let number = usize::try_from(number).unwrap_or(0);
@@ -608,7 +606,7 @@ fn substring(text: Bytes<'_>, from: i64, to: Option<i64>) -> Bytes<'_> {
     }
 }
 
-/// The characters of a text with their places and lengths in bytes; a byte that belongs to none is one by itself.
+/// The characters of a text with their places and lengths in bytes. An invalid byte counts as one character.
 fn characters(text: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
     let mut start = 0;
     text.utf8_chunks().flat_map(move |chunk| {
@@ -620,7 +618,7 @@ fn characters(text: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
     })
 }
 
-/// What stands between the separators; each character, if the separator is empty.
+/// The text between separators; each character, if the separator is empty.
 fn pieces<'t>(text: &'t [u8], by: &[u8]) -> impl Iterator<Item = &'t [u8]> {
     let finder = (!by.is_empty()).then(|| Finder::new(by).into_owned());
     let mut letters = by.is_empty().then(|| characters(text));
@@ -640,7 +638,7 @@ fn pieces<'t>(text: &'t [u8], by: &[u8]) -> impl Iterator<Item = &'t [u8]> {
 }
 
 impl Int {
-    /// The number that it makes. What is too large for 64 bits stays at their end, and a division by zero gives zero.
+    /// Evaluates to an integer. A result outside 64 bits is clamped, and a division by zero gives zero.
     pub fn of(&self, asked: &Asked<'_>) -> i64 {
         let both = |both: &[Int; 2]| (both[0].of(asked), both[1].of(asked));
         match self {
@@ -666,7 +664,7 @@ impl Int {
                 values
             }
             Int::Parse(text) => std::str::from_utf8(&text.of(asked)).ok().and_then(|it| it.parse().ok()).unwrap_or(0),
-            // Too large a number is the largest, and what is none is 0.
+            // A number that is too large becomes the largest one, and an invalid one becomes 0.
             Int::OfDouble(double) => double.of(asked) as i64,
             Int::Hash(text) => positive(xxh3_64(&text.of(asked))),
             Int::HashAddress(address) => match address.of(asked) {
@@ -703,13 +701,13 @@ impl Int {
     }
 }
 
-/// The length that a request announces, and 0 without a body. One whose length is not known before its end counts as
-/// longer than any: else a limit could be gone round by not saying it.
+/// The announced length of the request body; 0 without a body. An unknown length counts as the largest, since
+/// otherwise a client could bypass a limit by not announcing the length.
 fn announced(asked: &Asked<'_>) -> i64 {
     match asked.headers.get(header::CONTENT_LENGTH) {
         Some(length) => length.to_str().ok().and_then(|length| length.parse().ok()).unwrap_or(i64::MAX),
         None if asked.facts.ended => 0,
-        // HTTP/2 marks bodies off by its frames, and needs no header for that.
+        // HTTP/2 delimits bodies by frames, and needs no header for them.
         None if asked.version == Version::HTTP_2 || asked.headers.contains_key(header::TRANSFER_ENCODING) => i64::MAX,
         None => 0,
     }
@@ -723,13 +721,13 @@ fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-/// So that `%` gives no negative number.
+/// `%` never gives a negative number.
 fn positive(hash: u64) -> i64 {
     (hash >> 1).cast_signed()
 }
 
 impl Double {
-    /// The number that it makes, which may be infinite or none at all (IEEE 754).
+    /// Evaluates to a double, which may be infinite or NaN (IEEE 754).
     pub fn of(&self, asked: &Asked<'_>) -> f64 {
         let both = |both: &[Double; 2]| (both[0].of(asked), both[1].of(asked));
         match self {
@@ -782,7 +780,7 @@ impl Number {
 }
 
 impl Address {
-    /// The address; one of IPv4 that came in by way of IPv6 is one of IPv4.
+    /// Evaluates to an address. An IPv4 address in IPv6 form becomes IPv4.
     fn of(&self, asked: &Asked<'_>) -> Option<IpAddr> {
         match self {
             Address::Client => match asked.facts.client {
@@ -795,7 +793,7 @@ impl Address {
     }
 }
 
-/// An address as it is written, such as `192.0.2.1`.
+/// Parses an address such as `192.0.2.1`.
 pub(super) fn parsed_address(text: &[u8]) -> Option<IpAddr> {
     std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok().map(|address| address.to_canonical())
 }

@@ -1,4 +1,4 @@
-//! From a parsed tree to a plan: every node gets a type, or a mistake with its place.
+//! Plans a parsed tree: every node gets a type, or a mistake with its place.
 
 use std::collections::HashSet;
 
@@ -14,9 +14,9 @@ use super::plan::{Address, Comparison, Condition, Double, Field, Int, Network, N
 use super::{Mistake, Moment, pattern};
 use crate::error::nearest;
 
-/// Nodes within nodes. What is longer in one row (`a && b && …`, `a + b + …` of texts) is one node.
+/// The limit on nested nodes. A chain (`a && b && …`, or `a + b + …` of texts) is one node.
 const DEPTH_MAX: usize = 100;
-/// Texts that are put together in one expression, so that it reads what a client sends only so many times.
+/// The limit on concatenated texts in one expression, which bounds how often it reads the client's input.
 const JOINED_MAX: usize = 64;
 
 /// A planned node of any type.
@@ -28,7 +28,7 @@ pub(super) enum Plan {
     Address(Address),
     Network(IpNet),
     Split(Split),
-    /// The values under a name.
+    /// The values of a name.
     Values(Field),
     List(Vec<Plan>),
     Map(Map),
@@ -58,7 +58,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// What it is called in errors.
+    /// Its name in errors.
     pub fn told(self) -> &'static str {
         match self {
             Kind::Bool => "a condition (bool)",
@@ -90,7 +90,7 @@ impl Plan {
     /// How it is written, as text.
     ///
     /// # Errors
-    /// Its kind, of which there is no such text.
+    /// Its type, which cannot be converted to text.
     pub fn shown(self) -> Result<Text, Kind> {
         Ok(match self {
             Plan::Text(text) => text,
@@ -102,7 +102,7 @@ impl Plan {
         })
     }
 
-    /// The literal text that it is, if it is one.
+    /// Its literal text, if it is a literal.
     fn literal(&self) -> Option<&str> {
         match self {
             Plan::Text(Text::Literal(text)) => std::str::from_utf8(text).ok(),
@@ -113,13 +113,13 @@ impl Plan {
 
 type Planned<T = Plan> = Result<T, Mistake>;
 
-/// Makes the plan of one expression.
+/// Plans one expression.
 pub(super) struct Planner<'t> {
     tree: &'t Tree<'t>,
     moment: Moment,
     depth: usize,
     joined: usize,
-    /// It has met something of the response.
+    /// The expression reads the response.
     pub reads_response: bool,
 }
 
@@ -128,7 +128,7 @@ impl<'t> Planner<'t> {
         Planner { tree, moment, depth: 0, joined: 0, reads_response: false }
     }
 
-    /// The plan of a node and of all below it.
+    /// Plans a node and its children.
     pub fn plan(&mut self, at: &IdedExpr) -> Planned {
         self.depth += 1;
         if self.depth > DEPTH_MAX {
@@ -160,12 +160,12 @@ impl<'t> Planner<'t> {
         Err(Mistake::new(self.tree.place(at), told))
     }
 
-    /// What an operand is called in errors: as it was written.
+    /// The name of an operand in errors: its source text.
     fn shown(&self, at: &IdedExpr) -> &str {
         self.tree.text(self.tree.place(at))
     }
 
-    /// Another type was expected of `at`.
+    /// The error for an operand of the wrong type at `at`.
     fn mistyped<T>(&self, at: &IdedExpr, found: Kind, expected: &str) -> Planned<T> {
         self.wrong(at, format!("`{}` is {}: expected {expected}", self.shown(at), found.told()))
     }
@@ -295,7 +295,7 @@ impl<'t> Planner<'t> {
         self.wrong(at, format!("nothing is called `{name}`: {help}"))
     }
 
-    /// The map that a node names, if it names one.
+    /// The map that a node refers to, if it does.
     fn map_at(&mut self, at: &IdedExpr) -> Planned<Option<Map>> {
         let Some(name) = spelt(at) else { return Ok(None) };
         if !VARIABLES.iter().any(|known| known.name == name && known.kind == "map") {
@@ -314,7 +314,7 @@ impl<'t> Planner<'t> {
             Map::Headers => Field::Header(header()?),
             Map::ResponseHeaders => Field::ResponseHeader(header()?),
             Map::Cookies => {
-                // RFC 6265 §4.1.1: the name of a cookie is a token, as that of a header.
+                // RFC 6265 §4.1.1: the name of a cookie is a token, like that of a header.
                 if HeaderName::try_from(name).is_err() {
                     return self.wrong(at, format!("`{name}` is not a valid cookie name"));
                 }
@@ -351,7 +351,7 @@ impl<'t> Planner<'t> {
         }
     }
 
-    /// The terms of `a && b && …`, which the parser puts into a tree.
+    /// The terms of `a && b && …`, which the parser returns as a tree.
     fn row(&mut self, at: &IdedExpr, operator: &str) -> Planned<Vec<Condition>> {
         let (mut terms, mut open) = (Vec::new(), vec![at]);
         while let Some(next) = open.pop() {
@@ -465,7 +465,7 @@ impl<'t> Planner<'t> {
         Err(Mistake::new(place, told))
     }
 
-    /// Numbers are added one by one, texts of a row all at once.
+    /// Numbers are added one by one, but the texts of a chain all at once.
     fn add(&mut self, at: &IdedExpr, a: &IdedExpr, b: &IdedExpr) -> Planned {
         let mut row = vec![b];
         let mut first = a;
@@ -487,7 +487,7 @@ impl<'t> Planner<'t> {
                         texts.push(one);
                     }
                     texts.push(other);
-                    // Stands for what has been gathered.
+                    // A placeholder for the texts that were collected.
                     Plan::Text(Text::Literal(Box::default()))
                 }
                 (Plan::Int(one), Plan::Int(other)) => {
@@ -515,7 +515,7 @@ impl<'t> Planner<'t> {
         Ok(Plan::Text(Text::Join(texts.into())))
     }
 
-    /// A row of numbers is as deep as it is long.
+    /// A chain of numbers is as deep as it is long.
     fn deeper(&mut self, at: &IdedExpr) -> Planned<()> {
         self.depth += 1;
         if self.depth > DEPTH_MAX {
@@ -552,7 +552,7 @@ impl<'t> Planner<'t> {
         }
     }
 
-    /// `request.headers.x-user` is `request.headers.x` minus `user`, which nobody means.
+    /// `request.headers.x-user` means `request.headers.x` minus `user`, which is never intended.
     fn no_dash_in_a_name(&mut self, operator: &str, a: &IdedExpr, b: &IdedExpr) -> Planned<()> {
         let mut left = a;
         while let Expr::Call(CallExpr { func_name, target: None, args }) = &left.expr
@@ -673,7 +673,7 @@ impl<'t> Planner<'t> {
         }))
     }
 
-    /// An address, or the literal of one.
+    /// An address, or a literal address.
     fn address_of(&self, at: &IdedExpr, plan: Plan) -> Planned<Address> {
         let literal = plan.literal().map(|text| (text.to_owned(), parsed_address(text.as_bytes())));
         match (plan, literal) {
@@ -691,12 +691,12 @@ impl<'t> Planner<'t> {
         if let Some(name) = self.in_a_namespace(call) {
             return self.named(at, &name, call.args.iter().collect());
         }
-        // CEL lets a function be called on its first argument.
+        // In CEL, a function can be called on its first argument.
         let args: Vec<&IdedExpr> = call.target.as_deref().into_iter().chain(&call.args).collect();
         self.named(at, &call.func_name, args)
     }
 
-    /// `base64.encode` is one name, and no call on a `base64`.
+    /// `base64.encode` is one name, not a call on a `base64`.
     fn in_a_namespace(&self, call: &CallExpr) -> Option<String> {
         let Expr::Ident(space) = &call.target.as_ref()?.expr else { return None };
         FUNCTIONS
@@ -835,8 +835,7 @@ impl<'t> Planner<'t> {
     }
 }
 
-/// The network of IPv4 that a network within `::ffff:0:0/96` stands for: addresses of such clients are looked up
-/// as IPv4.
+/// The IPv4 network of an IPv6 network within `::ffff:0:0/96`: the addresses of such clients are looked up as IPv4.
 fn unmapped(network: IpNet) -> IpNet {
     let mapped = |network: &ipnet::Ipv6Net| {
         let length = network.prefix_len().checked_sub(96)?;
@@ -848,7 +847,7 @@ fn unmapped(network: IpNet) -> IpNet {
     }
 }
 
-/// The name that a node spells: `a.b.c`.
+/// The name of a node: `a.b.c`.
 fn spelt(at: &IdedExpr) -> Option<String> {
     match &at.expr {
         Expr::Ident(name) => Some(name.clone()),
@@ -857,7 +856,7 @@ fn spelt(at: &IdedExpr) -> Option<String> {
     }
 }
 
-/// What names begin with.
+/// The first words of names.
 fn roots() -> impl Iterator<Item = &'static str> {
     let mut last = "";
     VARIABLES.iter().filter_map(move |known| {
@@ -889,7 +888,7 @@ fn kind_of(number: &Result<Number, Plan>) -> Kind {
     }
 }
 
-/// Two of a kind, in words.
+/// Two types in words.
 fn two_of(kind: Kind) -> &'static str {
     match kind {
         Kind::Bool => "two conditions",
