@@ -1,23 +1,23 @@
-//! What a board is made of, and the classic JSON of Grafana (schema 41) that it becomes.
+//! The parts of a board, and the classic JSON of Grafana (schema 41) that is generated from them.
 //!
-//! A board is rows of panels; a panel is a question, a sentence about its answer, a unit and some queries. What all of
-//! them share, such as the data source, the variables, the colours and the rates' interval, is here and nowhere else.
+//! A board has rows of panels. A panel has a question, a description of its answer, a unit and queries. This module
+//! contains all that boards share, such as the data source, the variables, the colours and the interval of rates.
 
 use forebay::metrics::family;
 use serde_json::{Map, Value, json};
 
 use super::{colour, query};
 
-/// The format of the files. Grafana migrates it when it loads them.
+/// The format of the files. Grafana migrates it when it loads a file.
 const SCHEMA: u32 = 41;
 
 /// Columns of Grafana's grid.
 const COLUMNS: u32 = 24;
 
-/// Height of the strip of figures on top of each board.
+/// The height of the row of figures at the top of each board.
 const STRIP_HEIGHT: u32 = 4;
 
-/// Every board's place in Grafana, by which links find it: file, title.
+/// The boards, for links between them: file and title.
 pub const BOARDS: [(&str, &str); 6] = [
     ("overview", "Overview"),
     ("routes", "Routes"),
@@ -27,12 +27,12 @@ pub const BOARDS: [(&str, &str); 6] = [
     ("process", "Config and process"),
 ];
 
-/// The address of a board that never changes.
+/// The permanent address of a board.
 pub fn uid(file: &str) -> String {
     format!("forebay-{file}")
 }
 
-/// A dashboard in the making.
+/// A dashboard.
 pub struct Board {
     file: &'static str,
     about: &'static str,
@@ -50,12 +50,12 @@ impl Board {
         self.file
     }
 
-    /// The figures on top.
+    /// Adds the figures at the top.
     pub fn strip(self, panels: impl Into<Vec<Panel>>) -> Board {
         self.row(STRIP_HEIGHT, panels)
     }
 
-    /// Panels side by side, as wide as their weights say.
+    /// Adds panels side by side; their weights determine their widths.
     pub fn row(mut self, height: u32, panels: impl Into<Vec<Panel>>) -> Board {
         self.rows.push((height, panels.into()));
         self
@@ -102,13 +102,13 @@ impl Board {
     }
 }
 
-/// One line, or figure, or set of lines.
+/// A query of a panel.
 struct Query {
     expr: String,
     legend: String,
 }
 
-/// What a panel is, as Grafana calls it.
+/// The type of a panel in Grafana.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Stat,
@@ -119,7 +119,7 @@ enum Kind {
     StateTimeline,
 }
 
-/// One question and how its answer is shown.
+/// A question, and how its answer is shown.
 pub struct Panel {
     kind: Kind,
     title: &'static str,
@@ -151,7 +151,7 @@ impl Panel {
         }
     }
 
-    /// The last value in large, its course behind it.
+    /// The last value in large digits, with its history in the background.
     pub fn stat(title: &'static str, about: &'static str, unit: &'static str, expr: &str) -> Panel {
         let options = json!({
             "colorMode": "value", "graphMode": "area", "justifyMode": "auto", "orientation": "auto",
@@ -178,7 +178,7 @@ impl Panel {
         panel.set("color", json!({ "mode": "palette-classic" }))
     }
 
-    /// Areas over time, one on top of the other.
+    /// Stacked areas over time.
     pub fn stack(title: &'static str, about: &'static str, unit: &'static str) -> Panel {
         let mut panel = Panel::lines(title, about, unit);
         panel.custom.insert("fillOpacity".to_owned(), json!(70));
@@ -187,7 +187,7 @@ impl Panel {
         panel
     }
 
-    /// Of each bucket of a histogram, how much fell into it, over time.
+    /// A heat map of a histogram: the observations of each bucket over time.
     pub fn heat(title: &'static str, about: &'static str, expr: &str) -> Panel {
         let options = json!({
             "calculate": false, "cellGap": 1, "cellValues": { "unit": "short" },
@@ -203,7 +203,7 @@ impl Panel {
         panel.query(expr, "{{le}}")
     }
 
-    /// A row for each value of a label, a column for each of [`Panel::column`].
+    /// A table with a row for each value of a label, and a column for each [`Panel::column`].
     pub fn table(title: &'static str, about: &'static str, label: &'static str) -> Panel {
         let options = json!({
             "cellHeight": "sm", "enablePagination": false, "showHeader": true, "sortBy": [],
@@ -220,7 +220,7 @@ impl Panel {
         panel
     }
 
-    /// Bars as long as the last values.
+    /// Horizontal bars of the last values.
     pub fn bars(title: &'static str, about: &'static str, unit: &'static str) -> Panel {
         let options = json!({
             "displayMode": "basic", "orientation": "horizontal", "valueMode": "text", "namePlacement": "auto",
@@ -233,7 +233,7 @@ impl Panel {
             .set("min", json!(0))
     }
 
-    /// A band for each series, coloured by which of these states it is in: value, name, colour.
+    /// A timeline for each series with the colours of these states: value, name, colour.
     pub fn states(title: &'static str, about: &'static str, states: &[(&str, &str, &str)]) -> Panel {
         let options = json!({
             "alignValue": "left", "mergeValues": true, "rowHeight": 0.8, "showValue": "auto",
@@ -254,13 +254,13 @@ impl Panel {
             .set("mappings", json!([{ "type": "value", "options": named }]))
     }
 
-    /// How wide it is beside its neighbours, which have 1.
+    /// The width relative to the neighbours, whose default is 1.
     pub fn wide(mut self, weight: u32) -> Panel {
         self.weight = weight;
         self
     }
 
-    /// Asks this; the legend is a name or `{{label}}`, and has the colours of the one rule.
+    /// Adds a query. The legend is a name or `{{label}}`, and determines the colours.
     ///
     /// A metric that is not declared makes no query, and a panel without queries is not drawn.
     pub fn query(mut self, expr: &str, legend: &str) -> Panel {
@@ -278,7 +278,7 @@ impl Panel {
         self
     }
 
-    /// Asks for a line that the others should stay below.
+    /// Adds a query for a limit of the other lines.
     pub fn limit(self, expr: &str) -> Panel {
         let mut panel = self.query(expr, "limit");
         let dashed = json!({ "dash": [10, 10], "fill": "dash" });
@@ -295,14 +295,14 @@ impl Panel {
         panel
     }
 
-    /// Asks for the middle, the slow and the slowest of a histogram, as three lines.
+    /// Adds three quantiles of a histogram as lines.
     pub fn percentiles(self, buckets: &str) -> Panel {
         [("p50", "0.5"), ("p90", "0.9"), ("p99", "0.99")].into_iter().fold(self, |panel, (name, quantile)| {
             panel.query(&format!("histogram_quantile({quantile}, sum by (le) (rate({buckets}[R])))"), name)
         })
     }
 
-    /// A column of a table.
+    /// Adds a column of a table.
     pub fn column(mut self, name: &'static str, unit: &'static str, expr: &str) -> Panel {
         let before = self.queries.len();
         self = self.query(expr, name);
@@ -317,7 +317,7 @@ impl Panel {
         self
     }
 
-    /// Asks for what is in the labels of a metric, whose value says nothing.
+    /// Adds a query for the labels of a metric, whose value is not used.
     pub fn column_of_labels(mut self, expr: &str) -> Panel {
         let field = format!("Value #{}", ref_id(self.queries.len()));
         self = self.query(expr, "labels");
@@ -325,7 +325,7 @@ impl Panel {
         self
     }
 
-    /// Colours the cells of the last column: from green, by what it is above.
+    /// Colours the cells of the last column by thresholds, starting with green.
     pub fn column_thresholds(mut self, steps: &[(f64, &str)]) -> Panel {
         let last = self.queries.last().expect("a column").legend.clone();
         self.overrides.push(of_series(
@@ -335,7 +335,7 @@ impl Panel {
         self
     }
 
-    /// Links the values of a column to a board that shows more of each, by the variable of the same name.
+    /// Links the values of a column to a board with details, by the variable of the same name.
     pub fn drill_down(mut self, label: &'static str, board: &'static str) -> Panel {
         let title = BOARDS.iter().find(|(file, _)| *file == board).expect("a board").1;
         let url = format!(
@@ -353,7 +353,7 @@ impl Panel {
         self
     }
 
-    /// Colours by value: from green, by what it is above.
+    /// Colours values by thresholds, starting with green.
     pub fn thresholds(self, steps: &[(f64, &str)]) -> Panel {
         let first = if steps.is_empty() { colour::NEUTRAL } else { colour::GOOD };
         let mut made = thresholds(steps);
@@ -361,19 +361,18 @@ impl Panel {
         self.set("thresholds", made).set("color", json!({ "mode": "thresholds" }))
     }
 
-    /// Draws up to this value at least, so that nothing at all is a line at the bottom and not in the middle of
-    /// nowhere.
+    /// The least maximum of the axis, so that a zero is drawn at the bottom and not in the middle.
     pub fn at_least(mut self, value: f64) -> Panel {
         self.custom.insert("axisSoftMax".to_owned(), json!(value));
         self
     }
 
-    /// The largest value that there can be.
+    /// The maximum of the axis.
     pub fn max(self, max: f64) -> Panel {
         self.set("max", json!(max))
     }
 
-    /// Draws the phases in the order in which they happen, and not by the alphabet.
+    /// Sorts phases in the order of an exchange instead of alphabetically.
     pub fn in_order_of_phases(mut self) -> Panel {
         use forebay::phase::Phase;
         let mut order = Map::from_iter([("Time".to_owned(), json!(0))]);
@@ -439,14 +438,14 @@ impl Panel {
             "refId": ref_id(number),
         });
         if instant {
-            // Rates of one moment are taken over four times this, so over some minutes.
+            // Grafana calculates rates over four times this interval, so over some minutes.
             target["interval"] = json!("1m");
         }
         target
     }
 }
 
-/// The letter by which Grafana knows a query of a panel.
+/// The letter of a query in Grafana.
 fn ref_id(number: usize) -> char {
     char::from(b'A' + u8::try_from(number).expect("less than 26 queries"))
 }
@@ -466,13 +465,13 @@ fn thresholds(steps: &[(f64, &str)]) -> Value {
     json!({ "mode": "absolute", "steps": made })
 }
 
-/// What differs for the series or the column of this name.
+/// Settings for the series or column with this name.
 fn of_series(name: &str, properties: &[(&str, Value)]) -> Value {
     let properties: Vec<Value> = properties.iter().map(|(id, value)| json!({ "id": id, "value": value })).collect();
     json!({ "matcher": { "id": "byName", "options": name }, "properties": properties })
 }
 
-/// A line down all panels wherever a process began.
+/// A vertical line on all panels when a process started.
 fn annotations() -> Vec<Value> {
     let expr = query::expand("process_start_time_seconds").expect("a metric that the process has");
     vec![json!({
@@ -489,7 +488,7 @@ fn annotations() -> Vec<Value> {
     })]
 }
 
-/// Links to the other boards, with the time and the variables of this one.
+/// Links to the other boards, with the time range and the variables of this one.
 fn links(from: &str) -> Vec<Value> {
     let others = BOARDS.iter().filter(|(file, _)| *file != from);
     others
@@ -502,7 +501,7 @@ fn links(from: &str) -> Vec<Value> {
         .collect()
 }
 
-/// All variables on all boards, so that a link takes them along; hidden where no query asks for them.
+/// All variables on all boards, so that links keep their values. A variable that no query uses is hidden.
 fn variables(panels: &[Value]) -> Vec<Value> {
     let text = json!(panels).to_string().replace("\\\"", "\"");
     let mut made = vec![json!({
@@ -534,7 +533,7 @@ fn variables(panels: &[Value]) -> Vec<Value> {
             "query": { "qryType": 1, "query": values, "refId": "PrometheusVariableQueryEditor-VariableQuery" },
             "skipUrlSync": false, "sort": 1, "type": "query",
         });
-        // What has none of these labels is shown, too. A job must be one of Forebay, so `All` lists them.
+        // Series without one of these labels are included. A job must be one of Forebay, so `All` lists them.
         if !all.is_empty() {
             variable["allValue"] = json!(all);
         }

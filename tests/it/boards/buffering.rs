@@ -1,4 +1,4 @@
-//! Buffering and slow clients: what is spared the backends, for whom, and at what price.
+//! Buffering and slow clients: the time that buffering saves backends, for which clients, and its cost.
 
 use super::board::{Board, Panel};
 use super::colour::{BAD, WARN};

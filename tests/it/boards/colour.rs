@@ -1,20 +1,20 @@
-//! The one rule of colour, for every board.
+//! The colours of all boards.
 //!
-//! Blue is the client's side, purple the backend's, green is Forebay itself and what went well; orange is worth a look
-//! and red is broken. A value of a label has one colour wherever it is drawn, and the same word never has two.
+//! Blue is the client's side, purple the backend's, and green Forebay itself and success. Orange needs attention, and
+//! red is a failure. A value of a label has the same colour on every board.
 
-/// Went well.
+/// Success.
 pub const GOOD: &str = "green";
-/// Worth a look.
+/// Needs attention.
 pub const WARN: &str = "orange";
-/// Broken.
+/// A failure.
 pub const BAD: &str = "red";
-/// Says something without judging it.
+/// Neutral information.
 pub const NEUTRAL: &str = "blue";
 
-/// The colour of each value of a label, and of each name that queries give to what they draw.
+/// The colour of each value of a label, and of each legend of a query.
 ///
-/// The first column is the label; a name that stands for itself has none.
+/// The first column is the label; it is empty for legends.
 const COLOURS: &[(&str, &str, &str)] = &[
     ("code_class", "1xx", "super-light-blue"),
     ("code_class", "2xx", GOOD),
@@ -23,7 +23,7 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("code_class", "5xx", BAD),
     ("code_class", "none", "text"),
     ("code_class", "other", "dark-red"),
-    // Blue where the client is waited for, purple where the backend is, green where Forebay works.
+    // Blue while waiting for the client, purple while waiting for the backend, green while Forebay works.
     ("phase", "accept", "super-light-blue"),
     ("phase", "handshake", "light-blue"),
     ("phase", "header", "blue"),
@@ -37,7 +37,7 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("phase", "receive", "dark-purple"),
     ("phase", "write", "dark-blue"),
     ("phase", "finish", "dark-green"),
-    // From the client, to the client.
+    // From the client, and to the client.
     ("direction", "request", "blue"),
     ("direction", "received", "blue"),
     ("direction", "response", "purple"),
@@ -49,7 +49,7 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("rung", "shed", BAD),
     ("operation", "write", "dark-blue"),
     ("operation", "read", "dark-purple"),
-    // Of a client's connection; then of an endpoint.
+    // States of a client's connection, then of an endpoint.
     ("state", "idle", "text"),
     ("state", "header", "blue"),
     ("state", "active", GOOD),
@@ -66,7 +66,7 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("outcome", "dropped", BAD),
     ("protocol", "http1", "blue"),
     ("protocol", "h2", "purple"),
-    // The further out, the warmer.
+    // Higher percentiles have warmer colours.
     ("", "mean", "light-green"),
     ("", "p50", GOOD),
     ("", "p90", "yellow"),
@@ -79,7 +79,7 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("", "spared", GOOD),
 ];
 
-/// The colours for what a query draws: of all values of the label that its legend names, or of its legend.
+/// The colours of a query: those of all values of the label in its legend, or that of its legend.
 pub fn of(legend: &str) -> Vec<(&'static str, &'static str)> {
     let label = legend.strip_prefix("{{").and_then(|label| label.strip_suffix("}}"));
     let wanted = |&&(of, name, _): &&(&'static str, &'static str, &'static str)| match label {

@@ -1,4 +1,4 @@
-//! Event loop: what every worker does, how late it is, and who stalls it.
+//! Event loop: the work of each worker, its lag, and the causes of stalls.
 
 use super::board::{Board, Panel};
 use super::colour::{BAD, WARN};

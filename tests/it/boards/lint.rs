@@ -1,4 +1,4 @@
-//! The rules of Grafana's dashboard-linter, and a few of our own, for the files as they are committed.
+//! The rules of Grafana's dashboard-linter, and additional ones, for the committed files.
 
 use std::collections::BTreeSet;
 
@@ -7,10 +7,10 @@ use serde_json::Value;
 use super::board::{BOARDS, uid};
 use super::{committed, expressions, panels, query};
 
-/// All that a panel may be: what Grafana 10 to 13 draw alike.
+/// The allowed types of panels: those that Grafana 10 to 13 draw in the same way.
 const TYPES: [&str; 6] = ["timeseries", "stat", "table", "heatmap", "bargauge", "state-timeline"];
 
-/// Calls `rule` with each board, and each panel of it; names both where it fails.
+/// Calls `rule` with each board and each of its panels, and names both in errors.
 fn each_panel(rule: impl Fn(&Value) -> Result<(), String>) {
     for (file, _) in BOARDS {
         for (title, panel) in panels(&committed(file)) {
@@ -19,7 +19,7 @@ fn each_panel(rule: impl Fn(&Value) -> Result<(), String>) {
     }
 }
 
-/// An error that says this, unless it is so.
+/// An error with this message, unless the condition holds.
 fn unless(holds: bool, fault: impl Into<String>) -> Result<(), String> {
     if holds { Ok(()) } else { Err(fault.into()) }
 }
@@ -33,7 +33,7 @@ fn a_board_is_classic_json_that_nobody_edits_in_place() {
         assert_eq!(board["uid"], uid(file), "{file}");
         assert!(board["title"].as_str().is_some_and(|said| said.ends_with(title)), "{file}");
         assert!(board["description"].as_str().is_some_and(|said| said.ends_with('.')), "{file}");
-        // An import must ask nothing.
+        // An import must not ask for inputs.
         assert!(board.get("__inputs").is_none() && board.get("id").is_none(), "{file}");
     }
 }

@@ -1,4 +1,4 @@
-//! A gateway under a mixed load, and a real Prometheus that scrapes it: does every panel have something to show?
+//! A gateway under a mixed load, scraped by a real Prometheus, so that every panel has data.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -17,17 +17,17 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, DEADLINE, Gateway, Setup, ms};
 
-/// Over what rates are taken: all of the load, which is short.
+/// The interval of rates: all of the load, which is short.
 const WINDOW: &str = "20s";
 
-/// Runs `load`, again and again, until `over` is said.
+/// Repeats `load` until `over` is set.
 fn repeat(over: &AtomicBool, mut load: impl FnMut()) {
     while !over.load(Ordering::Relaxed) {
         load();
     }
 }
 
-/// Ends the load when it is dropped, whatever comes.
+/// Ends the load when it is dropped, even after a panic.
 struct Over<'o>(&'o AtomicBool);
 
 impl Drop for Over<'_> {
@@ -36,13 +36,13 @@ impl Drop for Over<'_> {
     }
 }
 
-/// A gateway that has every kind of trouble before it and behind it.
+/// A gateway with all kinds of problems on both sides.
 fn troubled() -> (Gateway, impl Drop) {
     let (origin, closed) = (built_in(), Closed::refusing());
     let certificate = pair(&authority().issue(&["a.test"]));
     let certificates = format!("{{ {certificate} }}, {{ acme: away, names: [c.test] }}");
     let secure = format!("{{ name: secure, address: \"127.0.0.1:0\", tls: {{ certificates: [ {certificates} ] }} }}");
-    // It says that all is well and forgets what it got, which a collector of a story does not.
+    // It accepts everything and discards it, unlike the collector of stories.
     let tracing = format!("tracing: {{ endpoint: \"http://{}/status/200\", sample: 50% }}", origin.address());
     let setup = Setup::before_all(&[origin.address(), closed.address()]);
     let (spool, store, users) = (setup.spool_dir(), setup.path("store"), setup.path("users"));
@@ -73,7 +73,7 @@ fn troubled() -> (Gateway, impl Drop) {
     (setup.start(), Both(origin, closed))
 }
 
-/// A route whose clients show a password, and which changes bodies in every way.
+/// A route whose clients send a password, and which changes bodies in every way.
 fn guarded(users: &Path) -> String {
     let users = users.display();
     let filters = format!(
@@ -83,21 +83,21 @@ fn guarded(users: &Path) -> String {
     format!("{{ name: guarded, match: {{ path: {{ prefix: /guarded }} }}, filters: [ {filters} ], upstream: app }}")
 }
 
-/// An upstream that is checked, with an endpoint that is well and one that is not.
+/// An upstream with health checks, one healthy endpoint and one that is not.
 fn checked(well: &Running, sick: &Closed) -> String {
     let endpoints =
         format!("endpoints: [ {{ address: \"{}\" }}, {{ address: \"{}\" }} ]", well.address(), sick.address());
     format!("{endpoints}, health_check: {{ http: {{ path: /status/204 }}, interval: 100ms }}")
 }
 
-/// Keeps both for as long as it lives.
+/// Keeps both as long as it lives.
 struct Both<A, B>(#[allow(dead_code, reason = "kept, not read")] A, #[allow(dead_code, reason = "kept, not read")] B);
 
 impl<A, B> Drop for Both<A, B> {
     fn drop(&mut self) {}
 }
 
-/// A client that is quick and asks for what goes well, for what goes wrong, and for what is refused.
+/// A fast client, whose requests succeed, fail or are refused.
 fn fast(gateway: &Gateway) {
     for path in
         ["/bytes/1KiB", "/delay/5ms", "/status/204", "/status/302", "/status/404", "/status/503", "/fault/reset"]
@@ -109,7 +109,7 @@ fn fast(gateway: &Gateway) {
     Client::connect(gateway.web()).ask("GET", "/guarded", "Authorization: Basic YWRhOndyb25n\r\n", "");
 }
 
-/// A client that sends half of its body, and later the rest.
+/// A client that sends half of its body at once, and the rest later.
 fn slow_to_send(gateway: &Gateway) {
     let mut client = gateway.client();
     let upload = request("POST", "/echo", "", vec![b'x'; 300_000]);
@@ -120,7 +120,7 @@ fn slow_to_send(gateway: &Gateway) {
     client.response();
 }
 
-/// A client that takes its answer late.
+/// A client that reads its response late.
 fn slow_to_take(gateway: &Gateway) {
     let mut client = Client::slow(gateway.web());
     client.send(request("GET", "/bytes/2MiB", "", ""));
@@ -128,12 +128,12 @@ fn slow_to_take(gateway: &Gateway) {
     client.response();
 }
 
-/// A client that is passed on.
+/// A client of a TCP listener, whose bytes are passed on.
 fn passed(gateway: &Gateway) {
     get(gateway.address("passed"), "/bytes/1KiB");
 }
 
-/// A client that speaks TLS, and one that does not trust whom it meets.
+/// A client that speaks TLS, and one that does not trust the certificate.
 fn secure(gateway: &Gateway) {
     let client = Tls::to(gateway.address("secure"), authority(), "a.test");
     let (_, first) = client.get("/bytes/1KiB").expect("an answer");
@@ -141,7 +141,7 @@ fn secure(gateway: &Gateway) {
     assert!(Tls::to(gateway.address("secure"), authority(), "b.test").connect().is_err());
 }
 
-/// Whom they trust.
+/// The trusted certificates.
 fn authority() -> &'static Authority {
     static AUTHORITY: OnceLock<Authority> = OnceLock::new();
     AUTHORITY.get_or_init(Authority::new)

@@ -1,4 +1,4 @@
-//! Overview: is it well, and if not, on which board does one look next.
+//! Overview: whether the gateway is healthy, and which board shows the details.
 
 use super::board::{Board, Panel};
 use super::colour::{BAD, WARN};

@@ -1,21 +1,21 @@
-//! Questions that more than one board asks, so that they are asked the same way.
+//! Queries that several boards share.
 
 use super::board::Panel;
 
-/// Share of exchanges that were answered with a 5xx; 0 where there were none.
+/// The share of exchanges that were answered with a 5xx; 0 without exchanges.
 pub const SERVER_ERRORS: &str =
     "(sum(rate(forebay_exchanges_total{code=~\"5..\"}[R])) or vector(0)) / sum(rate(forebay_exchanges_total[R]))";
 
-/// The same of each route; a route without any has no row.
+/// The same for each route; a route without exchanges has no row.
 pub const SERVER_ERRORS_BY_ROUTE: &str = "sum by (route) (rate(forebay_exchanges_total{code=~\"5..\"}[R])) / sum by \
     (route) (rate(forebay_exchanges_total[R]))";
 
-/// Share of attempts that were given no connection; an upstream that is not asked has no row.
+/// The share of attempts without a connection; an upstream without attempts has no row.
 pub const CONNECT_FAILURES_BY_UPSTREAM: &str = "sum by (upstream) \
     (rate(forebay_upstream_connects_total{outcome=\"failed\"}[R])) / (sum by (upstream) \
     (rate(forebay_upstream_connects_total[R])) > 0)";
 
-/// Share of attempts that were not the first of their exchange.
+/// The share of attempts that were not the first of their exchange.
 pub const RETRIES_BY_UPSTREAM: &str = "sum by (upstream) (rate(forebay_retries_total[R])) / (sum by (upstream) (rate(forebay_upstream_connects_total[R])) > 0)";
 
 /// A quantile of a histogram for each value of a label.
@@ -23,7 +23,7 @@ pub fn quantile_by(label: &str, quantile: &str, buckets: &str) -> String {
     format!("histogram_quantile({quantile}, sum by ({label}, le) (rate({buckets}[R])))")
 }
 
-/// Requests by the first digit of the answer.
+/// Requests by the first digit of the status.
 pub fn by_class() -> Panel {
     Panel::stack(
         "Requests by class",
@@ -33,7 +33,7 @@ pub fn by_class() -> Panel {
     .query("sum by (code_class) (rate(forebay_exchange_seconds_count[R]))", "{{code_class}}")
 }
 
-/// Percentiles of whole exchanges.
+/// Percentiles of the duration of exchanges.
 pub fn latency() -> Panel {
     Panel::lines(
         "Latency",
@@ -43,7 +43,7 @@ pub fn latency() -> Panel {
     .percentiles("forebay_exchange_seconds_bucket")
 }
 
-/// All exchanges by how long they took.
+/// All exchanges by duration.
 pub fn latency_heat() -> Panel {
     Panel::heat(
         "Latency, all of it",
@@ -53,7 +53,7 @@ pub fn latency_heat() -> Panel {
     )
 }
 
-/// The mean time of an exchange, cut into phases.
+/// The mean duration of an exchange by phase.
 pub fn waterfall() -> Panel {
     Panel::stack(
         "Where the time goes",
@@ -69,7 +69,7 @@ pub fn waterfall() -> Panel {
     .in_order_of_phases()
 }
 
-/// What Forebay ended itself, by reason; `matchers` narrow the reasons down.
+/// Exchanges that Forebay ended, by reason; `matchers` restrict the reasons.
 pub fn refusals(about: &'static str, matchers: &str) -> Panel {
     Panel::stack("Refusals", about, "ops")
         .query(&format!("sum by (reason) (rate(forebay_refusals_total{{{matchers}}}[R])) > 0"), "{{reason}}")

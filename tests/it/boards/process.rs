@@ -1,4 +1,4 @@
-//! Config and process: what runs, since when, with which means, and who comes in.
+//! Config and process: the running version, its start, its resources, and its client connections.
 
 use super::board::{Board, Panel};
 use super::colour::{BAD, WARN};

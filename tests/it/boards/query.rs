@@ -1,8 +1,8 @@
-//! PromQL as the boards are written in, and what it becomes.
+//! PromQL in the notation of the boards, and its expansion.
 //!
-//! A board says `sum by (route) (rate(forebay_bytes_total{direction="sent"}[R]))`. [`expand`] adds to each metric the
-//! matchers of the variables that it has labels for, and puts `$__rate_interval` for `R`, so that no query can forget
-//! them. [`check`] reads an expression with Prometheus' grammar and compares it with the table of metrics.
+//! A board contains `sum by (route) (rate(forebay_bytes_total{direction="sent"}[R]))`. [`expand`] adds to each metric
+//! the matchers of the variables that it has labels for, and replaces `R` by `$__rate_interval`, so that no query can
+//! miss them. [`check`] parses an expression with Prometheus' grammar and compares it with the table of metrics.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use promql_parser::label::Matchers;
 use promql_parser::parser::{self, Expr, LabelModifier, VectorSelector};
 use promql_parser::util::{ExprVisitor, walk_expr};
 
-/// What the crate `prometheus` says of a process, and what Prometheus itself says of a target.
+/// The process metrics of the crate `prometheus`, and Prometheus' own metrics of a target.
 pub const OTHERS: [&str; 8] = [
     "process_cpu_seconds_total",
     "process_max_fds",
@@ -26,17 +26,17 @@ pub const OTHERS: [&str; 8] = [
 /// The labels that a scrape adds to each series.
 const SCRAPED: [&str; 2] = ["job", "instance"];
 
-/// The variables that narrow down a board to some of the values of a label, each named like its label.
+/// The variables that restrict a board to values of a label. Each has the name of its label.
 pub const VARIABLES: [&str; 4] = ["job", "instance", "route", "upstream"];
 
-/// A metric as it may stand in an expression: one of the table, or a part of a histogram of it.
+/// A metric in an expression: one of the table, or a part of its histogram.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Metric {
-    /// The name without the part: the one in the table.
+    /// The name in the table, without the part.
     pub family: String,
-    /// The labels that its samples have.
+    /// The labels of its samples.
     pub labels: Vec<&'static str>,
-    /// Whether it only grows, so that it says something only as a rate.
+    /// Whether it is a counter, which is useful only as a rate.
     pub grows: bool,
 }
 
@@ -60,14 +60,14 @@ pub fn metric(name: &str) -> Option<Metric> {
     Some(Metric { family: family.name.to_owned(), labels, grows: family.kind != Kind::Gauge })
 }
 
-/// An expression as Grafana gets it; an error names the metric in it that is not declared.
+/// An expression as sent to Grafana. The error names an undeclared metric.
 pub fn expand(written: &str) -> Result<String, String> {
     let mut expanded = String::new();
     let mut rest = written;
     while let Some(start) = rest.find(|c: char| c.is_ascii_lowercase() || c == '"') {
         expanded.push_str(&rest[..start]);
         rest = &rest[start..];
-        // Text in quotes is a value and stays as it is.
+        // Text in quotes is a value and is not changed.
         if let Some(text) = rest.strip_prefix('"') {
             let end = text.find('"').map_or(rest.len(), |end| end + 2);
             expanded.push_str(&rest[..end]);
@@ -95,36 +95,36 @@ pub fn expand(written: &str) -> Result<String, String> {
     Ok(expanded.replace("[R]", "[$__rate_interval]"))
 }
 
-/// An expression as Prometheus gets it, with values for Grafana's variables.
+/// An expression as sent to Prometheus, with values for Grafana's variables.
 pub fn filled(expr: &str, window: &str) -> String {
     let filled = expr.replace("$__rate_interval", window).replace("$job", "forebay");
     ["$instance", "$route", "$upstream"].into_iter().fold(filled, |filled, variable| filled.replace(variable, ".*"))
 }
 
-/// The variables that an expression names.
+/// The variables in an expression.
 pub fn variables(expr: &str) -> impl Iterator<Item = &'static str> {
     VARIABLES.into_iter().filter(move |variable| expr.contains(&format!("${variable}\"")))
 }
 
-/// What an expression names.
+/// The names in an expression.
 #[derive(Default)]
 pub struct Named {
     /// The names of families.
     pub families: BTreeSet<String>,
-    /// Names that are not metrics of ours, such as those of recording rules.
+    /// Names that are not metrics of Forebay, such as those of recording rules.
     pub unknown: Vec<String>,
     /// The labels that its results may have.
     pub labels: BTreeSet<String>,
-    /// What is wrong with it.
+    /// The mistakes.
     pub faults: Vec<String>,
-    /// How many functions that make something of a counter are around what is looked at now.
+    /// The number of enclosing functions that evaluate a counter.
     rates: usize,
-    /// Every selector's matchers.
+    /// The matchers of every selector.
     pub selectors: Vec<Matchers>,
     used: BTreeSet<String>,
 }
 
-/// Parses an expression and compares it with the table of metrics. Variables must have been filled in.
+/// Parses an expression and compares it with the table of metrics. Variables must have been replaced.
 pub fn check(expr: &str) -> Named {
     let mut named = Named::default();
     match parser::parse(expr) {
@@ -139,7 +139,7 @@ pub fn check(expr: &str) -> Named {
     named
 }
 
-/// What turns a counter into something to look at.
+/// The functions that evaluate a counter.
 const OF_COUNTERS: [&str; 5] = ["rate", "irate", "increase", "resets", "changes"];
 
 impl Named {

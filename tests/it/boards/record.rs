@@ -1,7 +1,6 @@
-//! What the pictures of the boards are drawn from: what Prometheus answers to each of their queries over a minute of
-//! load.
+//! Records the data for the pictures of the boards: Prometheus' results of each query over a minute of load.
 //!
-//! Only where `BOARD_DATA` names a folder; `dashboards/render/` makes the pictures.
+//! Runs only if `BOARD_DATA` names a directory; `dashboards/render/` draws the pictures.
 
 use std::fs;
 use std::path::Path;
@@ -13,12 +12,12 @@ use super::board::BOARDS;
 use super::{committed, panels, query};
 use crate::harness::metrics::Prometheus;
 
-/// How much of the load is in the picture.
+/// The time range of the pictures.
 const COURSE: Duration = Duration::from_secs(75);
-/// Over what rates are taken.
+/// The interval of rates.
 const WINDOW: &str = "10s";
 
-/// Waits for as much load as is shown, and writes what is known of it.
+/// Waits for as much load as the pictures show, and writes the results.
 pub fn record(prometheus: &Prometheus, folder: &Path) {
     std::thread::sleep(COURSE);
     let to = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time after 1970").as_secs();

@@ -1,7 +1,7 @@
-//! `dashboards/metrics.md`: the tables in it are made of the table of metrics and of the boards, the words around them
-//! are written by hand.
+//! `dashboards/metrics.md`: its tables are generated from the table of metrics and the boards; the text around them
+//! is written by hand.
 //!
-//! A metric stays in the table in which it is. One that is in none comes into that of the metric declared before it.
+//! A metric stays in its table. A new one is added to the table of the metric that is declared before it.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +13,10 @@ use super::{all, expressions, keep, panels, query, read};
 /// The first two lines of each table.
 const HEAD: &str = "| name | type | labels | what it tells | boards |\n|---|---|---|---|---|\n";
 
-/// Before the number of series that a route reserves.
+/// The text before the number of series that a route reserves.
 const RESERVES: &str = "A route reserves ";
 
-/// The row of each metric with its name, in the order in which they are declared.
+/// The row of each metric with its name, in the order of declaration.
 fn rows() -> Vec<(String, String)> {
     let boards = shown();
     let row = |name: &str, kind: &str, labels: &[&str], help: &str| {
@@ -34,7 +34,7 @@ fn rows() -> Vec<(String, String)> {
     ours.chain(of_process).collect()
 }
 
-/// The titles of the boards on which a metric is.
+/// The titles of the boards with a metric.
 fn shown() -> BTreeMap<String, Vec<&'static str>> {
     let mut shown: BTreeMap<String, Vec<&'static str>> = BTreeMap::new();
     for (board, (_, title)) in all().iter().zip(BOARDS) {
@@ -50,10 +50,10 @@ fn shown() -> BTreeMap<String, Vec<&'static str>> {
     shown
 }
 
-/// The page with its tables made anew.
+/// The page with regenerated tables.
 fn made_of(page: &str) -> String {
     let name_of = |line: &str| Some(line.strip_prefix("| `")?.split_once('`')?.0.to_owned());
-    // Which table has which metric; a table is known by how many other lines stand before it.
+    // The table of each metric. A table is identified by the number of other lines before it.
     let mut tables: BTreeMap<String, usize> = BTreeMap::new();
     let mut words = 0;
     for line in page.lines() {

@@ -1,4 +1,4 @@
-//! Routes: one route, or some, or all beside each other.
+//! Routes: one route, or several for comparison.
 
 use super::board::{Board, Panel};
 use super::colour::{BAD, WARN};

@@ -1,4 +1,4 @@
-//! The alerts: that they name what there is, fire when they should, and tell their reader what to do.
+//! The alerts: their metrics exist, they fire when they should, and they tell the reader what to do.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -23,7 +23,7 @@ fn alerts() -> Vec<(String, Value)> {
     rules().into_iter().filter_map(|rule| Some((rule["alert"].as_str()?.to_owned(), rule))).collect()
 }
 
-/// What `promtool` says, which must be content.
+/// The output of `promtool`, which must succeed.
 fn promtool(arguments: [&str; 2], file: &str) {
     let output = Command::new("promtool").args(arguments).arg(path(file)).output().expect("promtool");
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);

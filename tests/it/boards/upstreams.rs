@@ -1,4 +1,4 @@
-//! Upstreams: which backends there are, who of them is well, and what asking them costs.
+//! Upstreams: the backends, their health, and the cost of contacting them.
 
 use super::board::{Board, Panel};
 use super::colour::{BAD, GOOD, WARN};

@@ -1,5 +1,5 @@
-//! What an endpoint answers, byte by byte, and what clients of HTTP/1.0, HTTP/1.1 and HTTP/2 read of it by GET and
-//! HEAD: the body, or that there is none that can be believed; and behind it the next answer, and nothing in between.
+//! Responses of an endpoint, byte by byte, and what clients of HTTP/1.0, HTTP/1.1 and HTTP/2 read with GET and HEAD:
+//! the body, or an error if the response is malformed; then the next response, and nothing in between.
 
 use http::Request;
 
@@ -8,18 +8,18 @@ use crate::harness::gateway::Watched;
 use crate::harness::wire::End;
 use crate::harness::{Gateway, H2Client, Origin, Setup, ok};
 
-/// What a client reads.
+/// The response that a client reads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Read {
-    /// This body, by GET; by HEAD a header with this length, if any.
+    /// This body with GET; with HEAD, a header with this length, if any.
     Body(&'static str, Option<u64>),
-    /// A header with this status and this length, and no body, whatever the method.
+    /// A header with this status and this length, without a body, for every method.
     NoBody(u16, Option<u64>),
-    /// 502, by GET; a header by HEAD, where the fault is not one of the header.
+    /// 502 with GET; a header with HEAD, unless the header is malformed.
     BadBody,
-    /// 502, whatever the method.
+    /// 502 for every method.
     Bad,
-    /// By GET 502, or half an answer that is seen to be half.
+    /// With GET, 502 or a response that is visibly truncated.
     Half,
 }
 
@@ -39,7 +39,7 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody and more", Body("body", Some(4))),
     ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: close\r\n\r\nbody", Body("body", Some(4))),
     ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\nConnection: content-length\r\n\r\nbody", Body("body", Some(4))),
-    // None that can be believed.
+    // Invalid lengths.
     ("HTTP/1.1 200 OK\r\nContent-Length: 4, 5\r\n\r\nbody!", Bad),
     ("HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nbody!", Bad),
     ("HTTP/1.1 200 OK\r\nContent-Length:\r\n\r\nbody", Bad),
@@ -50,7 +50,7 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.1 200 OK\r\nContent-Length: 0x4\r\n\r\nbody", Bad),
     ("HTTP/1.1 200 OK\r\nContent-Length: four\r\n\r\nbody", Bad),
     ("HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\nbody", Bad),
-    // The end of the connection.
+    // Bodies that end with the connection.
     ("HTTP/1.1 200 OK\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.0 200 OK\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nbody", Body("body", None)),
@@ -68,12 +68,12 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", Body("body", None)),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: transfer-encoding\r\n\r\n4\r\nbody\r\n0\r\n\r\n", Body("body", None)),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\nmore", Body("body", None)),
-    // Codings that are none: the end of the connection tells.
+    // Invalid codings: the body ends with the connection.
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding:\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: Identity\r\nContent-Length: 2\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.0 200 OK\r\nTransfer-Encoding: identity\r\n\r\nbody", Body("body", None)),
-    // Codings that no client asked for, and such as are read in two ways.
+    // Codings that the client did not request, and ambiguous ones.
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, gzip\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),
@@ -89,7 +89,7 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: \"chunked\"\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\nContent-Length: 4\r\n\r\nbody", BadBody),
     ("HTTP/1.0 200 OK\r\nTransfer-Encoding: deflate\r\n\r\nbody", BadBody),
-    // No body, whatever is said and whatever follows.
+    // Responses without a body, whatever their header announces and whatever follows.
     ("HTTP/1.1 204 No Content\r\n\r\n", NoBody(204, None)),
     ("HTTP/1.1 204 No Content\r\nContent-Length: 4\r\n\r\nbody", NoBody(204, None)),
     ("HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", NoBody(204, None)),
@@ -100,7 +100,7 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.1 304 Not Modified\r\nContent-Length: 4\r\nContent-Length: 4\r\n\r\nbody", NoBody(304, Some(4))),
     ("HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", NoBody(304, None)),
     ("HTTP/1.1 204 No Content\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n", Bad),
-    // Not framed as the header says.
+    // Bodies that are not framed as announced.
     ("HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nbody", Half),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nbody", Half),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n", Half),
@@ -118,7 +118,7 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n;x\r\n\r\n", Half),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nno colon\r\n\r\n", Half),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0000000000000004\r\nbody\r\n0\r\n\r\n", Half),
-    // No header of HTTP/1.
+    // Headers that are not HTTP/1.
     ("HTTP/2.0 200 OK\r\nContent-Length: 4\r\n\r\nbody", Bad),
     ("HTTP/1.1 20 OK\r\nContent-Length: 4\r\n\r\nbody", Bad),
     ("HTTP/1.1 200 OK\r\nA: \0\r\n\r\nbody", Bad),
@@ -126,7 +126,8 @@ const TABLE: &[(&str, Read)] = &[
     ("", Bad),
 ];
 
-/// An origin whose connections end with their answer: `/0` and on are the rows of the table, all else is `next`.
+/// An origin whose connections end with their response: paths from `/0` on are the rows of the table, and others are
+/// `next`.
 fn origin() -> Origin {
     Origin::answering_once(|request| {
         let row = request.target()[1..].parse().ok().and_then(|row: usize| TABLE.get(row));
@@ -139,7 +140,7 @@ fn gateway(origin: &Origin, mode: &str) -> Gateway {
     Setup::before(origin).listener("protocols: [http1, h2c]").route(&route).start()
 }
 
-/// What a client read: status, lengths that were told, body, and whether it was whole.
+/// A client's result: status, announced lengths, body, and whether it was complete.
 #[derive(Debug)]
 struct Seen {
     status: u16,
@@ -148,7 +149,7 @@ struct Seen {
     end: End,
 }
 
-/// What is expected of a row by this method.
+/// The expected result of a row with this method.
 fn judge(read: Read, head: bool, seen: &Seen, case: &str) {
     let lengths: Vec<Option<u64>> = seen.lengths.iter().map(|length| Some(*length)).collect();
     let says = |length: Option<u64>| lengths == length.map_or(Vec::new(), |length| vec![Some(length)]);
@@ -159,7 +160,7 @@ fn judge(read: Read, head: bool, seen: &Seen, case: &str) {
         }
         (Body(body, length), false) => {
             assert_eq!((seen.status, &*seen.body, seen.end), (200, body, End::Complete), "{case}: {seen:?}");
-            // An answer of unknown length that is empty may be told to be so.
+            // An empty response of unknown length may be announced as empty.
             assert!(says(length) || (body.is_empty() && says(Some(0))), "{case}: {seen:?}");
         }
         (NoBody(status, length), _) => {
@@ -176,7 +177,7 @@ fn judge(read: Read, head: bool, seen: &Seen, case: &str) {
     }
 }
 
-/// Reads by HTTP/1, on a connection that is asked for another answer after it, if it is kept.
+/// Reads over HTTP/1. If the connection stays open, requests another response on it.
 fn by_http1(gateway: &Gateway, row: usize, method: &str, version: &str) -> Seen {
     let mut client: Client = gateway.client();
     client.send(format!("{method} /{row} HTTP/{version}\r\nHost: a\r\nConnection: keep-alive\r\n\r\n"));

@@ -1,5 +1,5 @@
-//! Half an answer never ends as a whole one: for each way in which it can be marked off, each way in which an endpoint
-//! can break it off, each version that a client speaks, and each mode of buffering.
+//! A truncated response never ends like a complete one: for each framing, each way in which an endpoint can break
+//! off, each version of the client, and each mode of buffering.
 
 use crate::harness::gateway::Watched;
 use crate::harness::raw_h2::{Ended, RawH2};
@@ -13,8 +13,7 @@ enum Break {
     Reset,
 }
 
-/// Headers, and what comes of the body. Where the end of the connection is the end of the body, only a reset breaks it
-/// off.
+/// Headers, and the result for the body. If the body ends with the connection, only a reset truncates it.
 const HALVES: &[(&str, &str)] = &[
     ("Content-Length: 400000\r\n", "half"),
     ("Content-Length: 400000, 400000\r\n", "half"),
@@ -31,15 +30,15 @@ const HALVES: &[(&str, &str)] = &[
     ("Transfer-Encoding: identity\r\n", "half"),
 ];
 
-/// Has an endpoint send half an answer, long enough for a part of it to leave, and break off; what the client then has:
-/// `None` if it was told that the answer failed, else how it ended.
+/// Makes an endpoint send half a response, long enough that a part of it is passed on, and break off. Returns the
+/// client's result: `None` if the client saw that the response failed, otherwise how it ended.
 fn broken_off(gateway: &Gateway, origin: &Origin, half: (&str, &str), how: Break, version: &str) -> Option<End> {
     let case = format!("{half:?} {how:?} HTTP/{version}");
     let play = || {
         let mut connection = origin.accept();
         connection.request();
         connection.send(format!("HTTP/1.1 200 OK\r\n{}\r\n{}", half.0, half.1));
-        // It is on its way, and not overtaken by the reset.
+        // It is on its way, and the reset cannot overtake it.
         for phase in ["send", "wait"] {
             gateway.wait_metric(&format!("forebay_phase_active{{phase=\"{phase}\"}}"), |count| count == 0.0);
         }

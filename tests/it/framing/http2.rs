@@ -1,5 +1,4 @@
-//! HTTP/2 frame by frame: lengths against what comes, in both directions, and fields where they do not belong (RFC 9113
-//! §8).
+//! HTTP/2 frame by frame: lengths that differ from the data, in both directions, and invalid fields (RFC 9113 §8).
 
 use crate::harness::client::Client;
 use crate::harness::gateway::Watched;
@@ -7,17 +6,17 @@ use crate::harness::raw_h2::{Ended, Outcome, RawH2};
 use crate::harness::wire::End;
 use crate::harness::{Gateway, Origin, Setup, ok};
 
-/// The beginning of a request; further fields follow.
+/// The first fields of a request; others follow.
 const POST: [(&str, &str); 4] = [(":method", "POST"), (":scheme", "http"), (":authority", "a"), (":path", "/p")];
 
-/// What becomes of a request.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fate {
     /// The endpoint gets it, with this body.
     Passes(&'static str),
-    /// It is answered with this status, and the endpoint does not get it.
+    /// The gateway answers with this status, and the endpoint does not get the request.
     Answered(u16),
-    /// The library refuses it, by a reset of the stream or the end of the connection.
+    /// The library refuses the request: it resets the stream or ends the connection.
     Malformed,
 }
 
@@ -25,7 +24,7 @@ use Fate::{Answered, Malformed, Passes};
 
 type Fields = &'static [(&'static str, &'static str)];
 
-/// Fields behind those of `POST`, data, and what becomes of it. Without data the header is all.
+/// Fields after those of `POST`, data, and the result. Without data, the request is only a header.
 #[rustfmt::skip]
 const BODIES: &[(Fields, &[&str], Fate)] = &[
     (&[], &[], Passes("")),
@@ -52,7 +51,7 @@ const BODIES: &[(Fields, &[&str], Fate)] = &[
     (&[("content-length", "99999999999999999999")], &["body"], Malformed),
     (&[("content-length", "4"), ("content-length", "5")], &["body"], Malformed),
     (&[("content-length", "4"), ("content-length", "4")], &["body"], Answered(400)),
-    // What belongs to HTTP/1 (RFC 9113 §8.2.2).
+    // Fields of HTTP/1 (RFC 9113 §8.2.2).
     (&[("transfer-encoding", "chunked")], &["body"], Malformed),
     (&[("connection", "close")], &["body"], Malformed),
     (&[("keep-alive", "timeout=5")], &["body"], Malformed),
@@ -65,7 +64,7 @@ const BODIES: &[(Fields, &[&str], Fate)] = &[
     (&[("", "1")], &["body"], Malformed),
     (&[("x", "a\r\nb: c")], &["body"], Malformed),
     (&[("x", "a\0")], &["body"], Malformed),
-    // Pseudo-headers where they do not belong (§8.3).
+    // Misplaced pseudo-headers (§8.3).
     (&[("x", "1"), (":path", "/q")], &["body"], Malformed),
     (&[(":path", "/q")], &["body"], Malformed),
     (&[(":method", "GET")], &["body"], Malformed),
@@ -76,7 +75,7 @@ const BODIES: &[(Fields, &[&str], Fate)] = &[
     (&[(":protocol", "websocket")], &["body"], Malformed),
 ];
 
-/// The whole header of a request without a body, and what becomes of it; what passes is answered with its target.
+/// The header of a request without a body, and the result. Requests that pass are answered with their target.
 #[rustfmt::skip]
 const TARGETS: &[(Fields, Fate)] = &[
     (&[(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "/x?y")], Passes("/x?y")),
@@ -109,7 +108,7 @@ fn h2c(origin: &Origin, mode: &str) -> Gateway {
     Setup::before(origin).listener("protocols: [http1, h2c]").route(&route).start()
 }
 
-/// Whether this is what becomes of it.
+/// Whether this is the result.
 fn judge(fate: Fate, outcome: &Outcome, case: &str) {
     match fate {
         Passes(text) => {
@@ -129,7 +128,7 @@ fn a_request_is_as_long_as_it_says_and_says_nothing_that_does_not_belong_there()
         let mut passed = 0;
         for (fields, data, fate) in BODIES {
             if mode == "stream" && *fields == [("content-length", "0")] && data.concat() == "body" {
-                // With its header the request is whole for its endpoint, before anybody can know.
+                // The request is complete with its header, before the gateway can detect the fault.
                 continue;
             }
             let mut client = RawH2::client(gateway.web());
@@ -140,9 +139,9 @@ fn a_request_is_as_long_as_it_says_and_says_nothing_that_does_not_belong_there()
             let case = format!("{fields:?} {data:?} {mode}");
             let outcome = client.outcome(1);
             match fate {
-                // What is streamed may be refused in the middle, by whichever side sees it first.
+                // A streamed request may be refused before its end, by the side that sees the fault first.
                 Malformed if mode == "stream" => assert_ne!(outcome.status, 200, "{case}: {outcome:?}"),
-                // If the header is read before the data comes, the gateway refuses what the library would reset.
+                // If the header is read before the data arrives, the gateway refuses what the library would reset.
                 Malformed if outcome.status == 400 => assert_eq!(outcome.end, Ended::Whole, "{case}: {outcome:?}"),
                 _ => judge(*fate, &outcome, &case),
             }
@@ -175,7 +174,7 @@ fn trailers_of_a_request_have_no_pseudo_headers_and_end_it() {
     let gateway = h2c(&origin, "full");
     for (fields, end, fate) in [
         (("x-sum", "1"), true, Passes("body")),
-        // The library passes over them.
+        // The library ignores them.
         ((":path", "/q"), true, Passes("body")),
         (("x-sum", "1"), false, Malformed),
     ] {
@@ -189,10 +188,10 @@ fn trailers_of_a_request_have_no_pseudo_headers_and_end_it() {
     assert_eq!(requests.iter().map(|request| request.target()).collect::<Vec<_>>(), ["/p", "/p"]);
 }
 
-/// What an endpoint answers on HTTP/2: a header, data, and how it ends.
+/// An endpoint's response over HTTP/2: a header, data, and its end.
 #[derive(Clone, Copy, Debug)]
 enum Then {
-    /// With the last of it.
+    /// With the last data.
     End,
     /// By trailers with this field.
     Trailers(&'static str, &'static str),
@@ -201,20 +200,20 @@ enum Then {
     Close,
 }
 
-/// What a client reads of it.
+/// The response that a client reads.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Read {
     /// This status and body.
     Whole(u16, &'static str),
-    /// 502, or half an answer that is seen to be half.
+    /// 502, or a response that is visibly truncated.
     Failed,
-    /// The same, or, where that much had left before the rest came, what was announced.
+    /// The same, or the announced response, if that much was sent before the rest arrived.
     Longer(&'static str),
 }
 
 use Read::{Failed, Longer, Whole};
 
-/// A header, data, how it ends, and what is read by GET.
+/// A header, data, the end, and the client's result with GET.
 type Row = (Fields, &'static [&'static str], Then, Read);
 
 #[rustfmt::skip]
@@ -242,19 +241,19 @@ const ANSWERS: &[Row] = &[
     (&[(":status", "200"), ("content-length", "4"), ("content-length", "5")], &["body"], Then::End, Failed),
     (&[(":status", "200"), ("content-length", "+4")], &["body"], Then::End, Failed),
     (&[(":status", "200"), ("content-length", "")], &["body"], Then::End, Failed),
-    // What does not belong there.
+    // Invalid fields.
     (&[(":status", "200"), ("transfer-encoding", "chunked")], &["body"], Then::End, Failed),
     (&[(":status", "200"), ("connection", "close")], &["body"], Then::End, Failed),
-    // The library passes over it.
+    // The library ignores it.
     (&[(":status", "200"), (":path", "/")], &["body"], Then::End, Whole(200, "body")),
     (&[("x", "1"), (":status", "200")], &["body"], Then::End, Failed),
     (&[(":status", "200"), (":status", "200")], &["body"], Then::End, Failed),
     (&[(":status", "2000")], &["body"], Then::End, Failed),
     (&[(":status", "101")], &[], Then::End, Failed),
     (&[("x", "1")], &["body"], Then::End, Failed),
-    // The library passes over it.
+    // The library ignores it.
     (&[(":status", "200")], &["body"], Then::Trailers(":status", "200"), Whole(200, "body")),
-    // Half of it.
+    // Half of the announced length.
     (&[(":status", "200")], &["half"], Then::Reset(0), Failed),
     (&[(":status", "200")], &["half"], Then::Reset(2), Failed),
     (&[(":status", "200")], &["half"], Then::Reset(8), Failed),
@@ -264,7 +263,7 @@ const ANSWERS: &[Row] = &[
     (&[(":status", "200")], &[], Then::Close, Failed),
 ];
 
-/// Answers every request on a connection like this.
+/// Answers every request on a connection in this way.
 fn serve(mut endpoint: RawH2, row: Row) {
     let (fields, data, then, _) = row;
     while let Some(stream) = endpoint.request() {
@@ -305,7 +304,7 @@ fn an_answer_over_http_2_is_as_long_as_it_says_or_never_whole() {
     }
 }
 
-/// Asks once; the status, the body, and whether it was whole.
+/// Sends one request; returns the status, the body, and whether it was complete.
 fn read(gateway: &Gateway, version: &str) -> (u16, String, bool) {
     let (status, body, whole) = if version == "2" {
         let mut client = RawH2::client(gateway.web());

@@ -1,16 +1,17 @@
-//! The same answers through nginx, HAProxy and Forebay, and why what a client of HTTP/1.1 gets of them differs.
+//! The same responses through nginx, HAProxy and Forebay, and the reasons for differences that an HTTP/1.1 client
+//! sees.
 //!
-//! The table is what the three do; where Forebay does not do what both others do, it says why.
+//! The table shows the results of all three. Where Forebay differs from both others, it gives the reason.
 
 use crate::harness::client::Client;
 use crate::harness::peers::Peer;
 use crate::harness::wire::End;
 use crate::harness::{Origin, Setup};
 
-/// An answer, what a client gets of it by nginx, by HAProxy and by Forebay, and why they differ.
+/// A response, the client's results through nginx, HAProxy and Forebay, and the reason for a difference.
 ///
-/// `200 body`: the status and the body, freed from its framing. `200 half`: a part of it, and then the end of the
-/// connection, which the framing shows to be too early. `502`: the proxy's own answer. `-`: no answer at all.
+/// `200 body`: the status and the decoded body. `200 half`: a part of the body, and then an end of the connection
+/// that the framing shows to be early. `502`: the proxy's own response. `-`: no response.
 struct Row {
     answer: &'static str,
     nginx: &'static str,
@@ -23,7 +24,7 @@ const fn row(answer: &'static str, [nginx, haproxy, forebay]: [&'static str; 3],
     Row { answer, nginx, haproxy, forebay, why }
 }
 
-/// All three pass it.
+/// All three pass it on.
 const fn passes(answer: &'static str, read: &'static str) -> Row {
     row(answer, [read, read, read], "")
 }
@@ -110,7 +111,7 @@ fn table() -> Vec<Row> {
     ]
 }
 
-/// What a client gets, in the words of the table.
+/// The client's result, in the notation of the table.
 fn got(mut client: Client, row: usize) -> String {
     client.send(format!("GET /{row} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
     let bytes = client.rest();
@@ -139,7 +140,7 @@ fn got(mut client: Client, row: usize) -> String {
     if end == End::Cut { format!("{status} half") } else { format!("{status} {body}") }
 }
 
-/// What a body in chunks holds, if it is whole.
+/// The content of a chunked body, if it is complete.
 fn unchunked(mut rest: &str) -> Option<String> {
     let mut body = String::new();
     loop {

@@ -1,23 +1,23 @@
-//! A hundred and more requests, each on a connection of its own with a second one right behind it: what passes is read
-//! to its last byte and no further, and what is refused ends the connection before anybody could take its rest for a
-//! request.
+//! More than a hundred requests, each on its own connection and directly followed by a second one. The gateway reads
+//! accepted requests exactly to their last byte. After a refused request it ends the connection, so that the rest
+//! cannot be taken for another request.
 
 use crate::harness::client::Client;
 use crate::harness::gateway::Watched;
 use crate::harness::{Gateway, H2Origin, Origin, Setup, ms, ok};
 
-/// What becomes of a request.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fate {
     /// The endpoint gets this target and this body.
     Passes(&'static str, &'static str),
-    /// It is refused with this reason; the status is part of it in `src/error.rs`.
+    /// The gateway refuses the request for this reason, which determines the status (`src/error.rs`).
     Refused(&'static str),
 }
 
 use Fate::{Passes, Refused};
 
-/// What the endpoint says of a request: all that the table is about.
+/// The endpoint's report on a request, as far as the table covers it.
 fn echo(origin: &str) -> Origin {
     let name = origin.to_owned();
     Origin::answering(move |request| {
@@ -36,7 +36,7 @@ fn get(line: &str, fields: &str) -> String {
     format!("{line}\r\n{fields}\r\n")
 }
 
-/// A body in chunks, as it is written.
+/// A body in chunks.
 fn chunks(body: &str) -> String {
     post("Transfer-Encoding: chunked\r\n", body)
 }
@@ -104,7 +104,7 @@ fn table() -> Vec<(String, Fate)> {
         (get("GET / HTTP/3.0", HOST), Refused("header.version")),
         (get("CONNECT a:80 HTTP/1.1", "Host: a:80\r\n"), Refused("header.method")),
         (get("TRACE / HTTP/1.1", HOST), Refused("header.method")),
-        // Empty lines before it (RFC 9112 §2.2).
+        // Empty lines before the request (RFC 9112 §2.2).
         (format!("\r\n{}", get("GET /x HTTP/1.1", HOST)), Passes("GET /x", "")),
         (format!("\r\n\r\n\r\n{}", get("GET /x HTTP/1.1", HOST)), Passes("GET /x", "")),
         (format!("\n{}", get("GET /x HTTP/1.1", HOST)), malformed),
@@ -244,8 +244,8 @@ fn start(mode: &str) -> (Origin, Gateway) {
     (origin, gateway)
 }
 
-/// Sends a request and another one behind it, and says what became of both: `None` if the connection ended before the
-/// second was answered.
+/// Sends a request directly followed by another one, and returns both results; `None` if the connection ended before
+/// the second response.
 fn answers(gateway: &Gateway, sent: &str) -> (String, Option<String>) {
     let mut client = gateway.client();
     client.try_send(format!("{sent}GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
@@ -274,7 +274,7 @@ fn each_request_passes_to_its_last_byte_or_is_refused_with_its_connection() {
             }
         }
     }
-    // Of what was refused not a byte came to the endpoint.
+    // The endpoint got no byte of refused requests.
     assert_eq!(origin.requests().len(), passed);
     gateway.wait_at_rest();
 }
@@ -311,7 +311,7 @@ fn a_streamed_body_has_one_end_however_its_last_chunk_comes() {
     let gateway = Setup::before(&origin).route(route).start();
     let mut client = gateway.client();
     let mut kept = None;
-    // How many bytes come in one read; of the others, each in a read of its own.
+    // The number of bytes in the first read. Each further byte comes in its own read.
     for together in 0..=5 {
         client.send("PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n");
         let connection = kept.get_or_insert_with(|| origin.accept());
@@ -324,7 +324,7 @@ fn a_streamed_body_has_one_end_however_its_last_chunk_comes() {
         connection.answer("done");
         assert_eq!(client.response().text(), "done", "{together}");
         client.send("GET /next HTTP/1.1\r\nHost: a\r\n\r\n");
-        // What was left of the body would be the beginning of this one.
+        // The rest of the body would be the beginning of this one.
         assert_eq!(connection.request().target(), "/next", "{together}");
         connection.answer("next");
         assert_eq!(client.response().text(), "next", "{together}");
@@ -339,7 +339,7 @@ fn an_empty_line_may_come_in_pieces() {
     let whole = format!("\r\n\r\n{request}");
     for cut in 1..8 {
         let mut client = gateway.client();
-        // The gateway answers the first before it can have the end of the second.
+        // The gateway answers the first request before it can have the end of the second.
         client.send(format!("{request}{}", &whole[..cut]));
         assert_eq!(client.response().text(), "echo GET /x ", "{cut}");
         client.send(&whole[cut..]);
@@ -359,7 +359,7 @@ fn an_empty_line_between_requests_begins_none() {
     let mut client = gateway.client();
     client.send("POST /p HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody\r\n");
     assert_eq!(client.response().text(), "echo POST /p body");
-    // The header's time runs from its first byte.
+    // The time limit of the header starts with its first byte.
     client.dawdle(std::time::Duration::from_millis(900));
     client.send("GET /x HTTP/1.1\r\nHost: a\r\n\r\n");
     assert_eq!(client.response().text(), "echo GET /x ");
@@ -386,7 +386,7 @@ fn the_word_close_counts_wherever_it_stands() {
     assert_ne!(client.response().value("connection"), Some("close"));
 }
 
-/// The whole of a client's words, whose header the gateway has not read to its end when it refuses it.
+/// All bytes of a client whose header the gateway refuses before it has read its end.
 fn refused(gateway: &Gateway, sent: &str) -> Vec<u8> {
     let mut client: Client = gateway.client();
     client.try_send(sent);

@@ -1,6 +1,6 @@
-//! The chart, and the plain manifests that are made of it.
+//! The chart, and the plain manifests that are generated from it.
 //!
-//! Helm's own library renders it, and the schemas of Kubernetes judge what comes out (`chart.py`).
+//! Helm's library renders the chart, and the schemas of Kubernetes validate the result (`chart.py`).
 
 use std::fs;
 use std::io::Write;
@@ -13,7 +13,7 @@ use crate::boards::query;
 
 const CHART: &str = "conf/k8s/chart";
 
-/// What the chart makes of each of these values: manifests, or why there are none.
+/// The chart's result for each of these values: manifests, or an error.
 fn rendered(values: &[Json]) -> Vec<Result<Vec<Json>, String>> {
     let mut command = Command::new(pypi("python"));
     command.arg(tree("tests/it/packaging/chart.py")).arg(tree(CHART));
@@ -43,7 +43,7 @@ fn of_kind<'d>(documents: &'d [Json], kind: &str) -> &'d Json {
     document
 }
 
-/// All that the chart can do, at once.
+/// All features of the chart at once.
 fn everything() -> Json {
     json!({
         "watch": true,
@@ -155,7 +155,7 @@ fn a_changed_configuration_restarts_pods_unless_forebay_watches_it() {
     let watching = manifests(json!({}));
     let container = &of_kind(&watching, "Deployment")["spec"]["template"]["spec"]["containers"][0];
     assert_eq!(container["args"][1], "--watch");
-    // A file that is mounted by subPath never changes.
+    // A file that is mounted with subPath is never updated.
     for mount in container["volumeMounts"].as_array().unwrap() {
         assert!(mount["subPath"].is_null(), "{mount}");
     }
@@ -207,7 +207,7 @@ fn a_pod_may_do_no_more_than_it_needs() {
     assert_eq!(container["readOnlyRootFilesystem"], true);
     assert_eq!(container["allowPrivilegeEscalation"], false);
     assert_eq!(container["capabilities"]["drop"], json!(["ALL"]));
-    // The user of the image, by its number.
+    // The numeric user of the image.
     let user = pod["securityContext"]["runAsUser"].to_string();
     assert!(text("Dockerfile").contains(&format!("\nUSER {user}:{user}\n")));
     let rules = of_kind(&made, "NetworkPolicy")["spec"]["ingress"].as_array().unwrap();
@@ -221,7 +221,7 @@ fn the_plain_manifests_are_what_the_chart_makes_by_default() {
     for document in &mut made {
         let metadata = document["metadata"].as_object_mut().unwrap();
         metadata.remove("namespace");
-        // Helm does not manage these.
+        // Helm does not manage these resources.
         metadata["labels"]
             .as_object_mut()
             .unwrap()
