@@ -1,7 +1,7 @@
-//! Changes a JSON text at places that JSON Pointers name (RFC 6901), and leaves every other byte as it is.
+//! Changes a JSON text at the places of JSON Pointers (RFC 6901), and keeps every other byte.
 //!
-//! The text is not read into values and written again: that would round numbers, lose members of one name, and change
-//! blanks. It is checked as a whole, its places are found, and what stands there is cut out or replaced.
+//! The text is not parsed into values and serialized again, which would round numbers, lose duplicate members and
+//! change whitespace. It is checked as a whole, then the places are found, and their bytes are removed or replaced.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 
 use super::Changed;
 
-/// A place in a JSON text, or several: `*` is each item of a list, or each member of an object.
+/// One or several places in a JSON text: `*` is each item of a list, or each member of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pointer(Vec<Token>);
 
@@ -19,22 +19,22 @@ enum Token {
     Each,
 }
 
-/// What is done at a place.
+/// The change at a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change<'v> {
-    /// This JSON text is put there, whether there was something or not. The place around it must be there.
+    /// Sets this JSON text, whether or not there is a value. The enclosing object or list must exist.
     Set(&'v [u8]),
-    /// This JSON text is put in the place of what is there.
+    /// Replaces an existing value by this JSON text.
     Replace(&'v [u8]),
-    /// What is there is taken away.
+    /// Removes an existing value.
     Remove,
 }
 
 impl Pointer {
-    /// Reads a pointer.
+    /// Parses a pointer.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The mistake.
     pub fn read(written: &str) -> Result<Pointer, String> {
         if written.is_empty() {
             return Ok(Pointer(Vec::new()));
@@ -52,13 +52,13 @@ impl Pointer {
         tokens.split('/').map(token).collect::<Result<_, _>>().map(Pointer)
     }
 
-    /// Whether it stands for the whole text.
+    /// Whether it refers to the whole text.
     pub fn is_whole(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The text with the change made at all places of this pointer; `None`, if there is nothing to change. The text
-    /// must have been [`checked`].
+    /// The text with the change at all places of this pointer; `None` if nothing changes. The text must have been
+    /// [`checked`].
     pub fn apply(&self, text: &[u8], change: Change<'_>) -> Option<Changed> {
         let mut reader = Reader { text, at: 0, edits: Vec::new() };
         reader.blanks();
@@ -79,17 +79,17 @@ impl Pointer {
     }
 }
 
-/// Objects and lists may be nested so deep. The reader goes as deep as the text does.
+/// The nesting limit of objects and lists. The scanner recurses as deep as the text is nested.
 const DEPTH_MAX: usize = 128;
 
-/// Whether a body is one JSON text in UTF-8, and not nested too deep.
+/// Whether a body is one JSON text in UTF-8 within the nesting limit.
 pub(super) fn checked(text: &[u8]) -> bool {
-    // `serde_json` passes over what is nested without going into it.
+    // `serde_json` skips nested values without recursion.
     let sound = || std::str::from_utf8(text).is_ok() && serde_json::from_slice::<IgnoredAny>(text).is_ok();
     depth(text) <= DEPTH_MAX && sound()
 }
 
-/// How deep a text is nested, if it is JSON.
+/// The nesting depth of a text, if it is JSON.
 fn depth(text: &[u8]) -> usize {
     let (mut depth, mut deepest, mut quoted, mut escaped) = (0_usize, 0, false, false);
     for byte in text {

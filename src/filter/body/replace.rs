@@ -1,4 +1,4 @@
-//! Replaces text in a body: by patterns whose cost is bounded, one after another.
+//! Replaces text in a body: by patterns of bounded cost, one after another.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use super::{Changed, Flaw};
 use crate::expression;
 use crate::filter::groups::{self, Piece};
 
-/// What is looked for, and what is put in its place.
+/// A pattern and its replacement.
 #[derive(Debug)]
 pub(super) struct Rule {
     pattern: Regex,
@@ -19,20 +19,20 @@ pub(super) struct Rule {
     first: bool,
 }
 
-/// What is put in the place of a match.
+/// The replacement of a match.
 #[derive(Debug)]
 enum With {
     /// Text and groups.
     Pieces(Vec<Piece>),
-    /// What an expression makes for each exchange, as it is.
+    /// The result of an expression for each exchange, unchanged.
     Made(expression::Value),
 }
 
 impl Rule {
-    /// Looks for a pattern. In what is put in its place, `$1` stands for a group.
+    /// Prepares a pattern. In the replacement, `$1` inserts a group.
     ///
     /// # Errors
-    /// What is wrong with the pattern (`Ok`), or with the other (`Err`).
+    /// The mistake in the pattern (`Ok`), or in the replacement (`Err`).
     pub fn pattern(written: &str, with: &str, first: bool) -> Result<Rule, Result<String, String>> {
         let pattern = expression::in_bytes(written).map_err(Ok)?;
         let names: Vec<_> = pattern.capture_names().collect();
@@ -40,7 +40,7 @@ impl Rule {
         Ok(Rule { with: With::Pieces(pieces), pattern, first })
     }
 
-    /// Looks for a text as it is, and puts another one in its place as it is.
+    /// Prepares a literal text and its literal replacement.
     ///
     /// # Errors
     /// It is too long.
@@ -49,12 +49,12 @@ impl Rule {
         Ok(Rule { pattern, with: With::Pieces(vec![Piece::Text(with.to_owned())]), first })
     }
 
-    /// The same, with what an expression makes in its place.
+    /// The same with the result of an expression as the replacement.
     pub fn making(self, made: expression::Value) -> Rule {
         Rule { with: With::Made(made), ..self }
     }
 
-    /// The expression that makes what is put in the place of matches, if there is one.
+    /// The expression for the replacement, if there is one.
     pub fn made(&self) -> Option<&expression::Value> {
         match &self.with {
             With::Pieces(_) => None,
@@ -62,10 +62,10 @@ impl Rule {
         }
     }
 
-    /// The body with all matches replaced; `None`, if there are none. `made` is what the expression of this rule makes.
+    /// The body with all matches replaced; `None` if there are none. `made` is the result of this rule's expression.
     ///
     /// # Errors
-    /// What comes of it has more than `bytes_max` bytes, or it takes too much time.
+    /// The result is larger than `bytes_max`, or the replacement takes too much time.
     pub fn apply(&self, body: &[u8], made: &[u8], bytes_max: usize, time: &Time) -> Result<Option<Changed>, Flaw> {
         let (mut changed, mut rest, mut places) = (Vec::new(), 0, 0);
         let mut locations = self.pattern.capture_locations();
@@ -78,7 +78,7 @@ impl Rule {
                 With::Made(_) => changed.extend_from_slice(made),
                 With::Pieces(pieces) => {
                     if grouped {
-                        // The same match once more, with its groups.
+                        // The same match again, with its groups.
                         self.pattern.captures_read_at(&mut locations, body, found.start());
                     }
                     for piece in pieces {
@@ -111,14 +111,14 @@ impl Rule {
     }
 }
 
-/// What the changes to one body may take of a thread. Each search is linear in the body, but a pattern that looks far
-/// ahead and matches little may be looked for once for every byte.
+/// The limit on a thread's CPU time for the changes to one body. Each search is linear in the body, but a pattern
+/// that reads far ahead and matches little may start a search at every byte.
 pub(super) struct Time {
     begun: Instant,
     used: Duration,
 }
 
-/// A second is what a body of many mebibytes takes.
+/// A body of many mebibytes takes a second.
 const TIME_MAX: Duration = Duration::from_secs(1);
 
 impl Time {

@@ -1,7 +1,7 @@
-//! Undoes content codings (RFC 9110 §8.4.1), within bounds.
+//! Decodes content codings (RFC 9110 §8.4.1) within limits.
 //!
-//! A few bytes may stand for gigabytes. So what comes out is counted while it does, and the first byte beyond a bound
-//! ends it: nothing larger is ever in memory.
+//! A few bytes may decode to gigabytes. The output is counted while it is produced, and decoding stops at the first
+//! byte beyond a limit, so that memory stays bounded.
 
 use std::io::{self, Write};
 
@@ -12,13 +12,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use zstd::stream::raw::{self, DParameter, InBuffer, Operation, OutBuffer};
 
-/// A coding that can be undone.
+/// A content coding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Coding {
     /// GZIP (RFC 1952).
     Gzip,
-    /// The zlib format (RFC 1950), or the bare data in it (RFC 1951), which some send under this name.
+    /// The zlib format (RFC 1950), or the raw deflate data in it (RFC 1951), which some senders use under this name.
     Deflate,
     /// Brotli (RFC 7932).
     Br,
@@ -37,7 +37,7 @@ impl Coding {
         }
     }
 
-    /// The one of these that has this name, in any case.
+    /// The coding of this list with this name, in any case.
     pub fn named(known: &[Coding], name: &[u8]) -> Option<Coding> {
         // RFC 9110 §8.4.1.3.
         let name = if name.eq_ignore_ascii_case(b"x-gzip") { b"gzip" } else { name };
@@ -45,32 +45,32 @@ impl Coding {
     }
 }
 
-/// How much may come out.
+/// The limits on the output.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Bytes.
+    /// In bytes.
     pub size: u64,
-    /// Bytes for each that has come in.
+    /// In bytes per byte of input.
     pub ratio: u64,
 }
 
-/// No ratio is asked of what is smaller.
+/// Smaller outputs have no limit on the ratio.
 const RATIO_FROM: u64 = 64 << 10;
 
 /// Why a body cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {
-    /// It is not coded as its header says, or ends too early.
+    /// It is not coded as its header announces, or is truncated.
     Malformed,
-    /// It is larger than it may be.
+    /// It exceeds the size limit.
     Size,
-    /// It is larger than it may be for what has come.
+    /// It exceeds the limit on the ratio.
     Ratio,
 }
 
-/// Undoes the codings of one body, piece by piece.
+/// Decodes the codings of one body, piece by piece.
 pub struct Decoder {
-    /// In the order in which they are undone.
+    /// In the order of decoding.
     layers: Vec<Layer>,
     bounds: Bounds,
     came: u64,
@@ -78,7 +78,7 @@ pub struct Decoder {
 
 struct Layer {
     machine: Machine,
-    /// Bytes have come to it.
+    /// There was input.
     begun: bool,
 }
 
@@ -90,20 +90,20 @@ enum Machine {
 }
 
 impl Decoder {
-    /// One that undoes these codings, which are in the order in which they were applied.
+    /// A decoder for these codings, which are in the order in which they were applied.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// There is not enough memory.
     pub fn new(codings: &[Coding], bounds: Bounds) -> io::Result<Decoder> {
         let layer = |coding: &Coding| Ok(Layer { machine: Machine::new(*coding)?, begun: false });
         let layers = codings.iter().rev().map(layer).collect::<io::Result<_>>()?;
         Ok(Decoder { layers, bounds, came: 0 })
     }
 
-    /// What this piece stands for; `end`: it is the last.
+    /// The output for this piece; `end`: it is the last one.
     ///
     /// # Errors
-    /// Nothing more can be made of this body.
+    /// The body cannot be decoded.
     pub fn piece(&mut self, piece: &[u8], end: bool) -> Result<Vec<u8>, Flaw> {
         self.came += piece.len() as u64;
         let allowance = self.bounds.size.min(RATIO_FROM.max(self.bounds.ratio.saturating_mul(self.came)));
@@ -124,7 +124,7 @@ impl Layer {
     fn piece(&mut self, piece: &[u8], end: bool, allowance: u64) -> Result<Vec<u8>, Flaw> {
         self.begun |= !piece.is_empty();
         self.machine.sink().allowance = allowance;
-        // Nothing at all is an empty body, however it is said to be coded.
+        // An empty body is valid for every coding.
         let ended = self.begun && end;
         let worked = self.machine.write(piece).and_then(|()| if ended { self.machine.end() } else { Ok(()) });
         let sink = self.machine.sink();
