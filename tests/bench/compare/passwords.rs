@@ -43,7 +43,7 @@ pub const PASSWORD_COLUMNS: &[Column] = &[
     Column { key: "failed", heading: "failed", decimals: 0, compared: false },
 ];
 
-/// What must be reached: nobody else notices.
+/// What must be reached: other clients notice nothing.
 pub const PASSWORD_GOALS: &[Goal] = &[
     Goal {
         what: "a fast client's p99 beside 200 wrong passwords a second, x alone",
