@@ -420,7 +420,7 @@ impl Proxy {
         let written = write::answer_instead(exchange, client, answer).await;
         exchange.client.closes = written.is_ok() && exchange.client.control.is_none();
         if let Err(error) = &written {
-            tracing::debug!(%error, "the answer of a filter was not taken");
+            tracing::debug!(%error, "a client did not accept the response of a filter");
         }
         FailToProxy { error_code: status, can_reuse_downstream: false }
     }

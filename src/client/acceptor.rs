@@ -159,7 +159,7 @@ impl Acceptor {
         P::CTX: Send + Sync + 'static,
     {
         if let Err(error) = stream.set_nodelay() {
-            tracing::debug!(%error, "a connection that was accepted is gone");
+            tracing::debug!(%error, "an accepted connection has already closed");
             return;
         }
         // Without buffers: `client::stream` gathers writes itself, and frees its buffers between requests.

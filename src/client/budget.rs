@@ -229,7 +229,7 @@ impl Budget {
 
     fn shrink_memory(&self, bytes: u64) {
         let before = self.memory.used.fetch_sub(bytes, Ordering::SeqCst);
-        debug_assert!(before >= bytes, "a share let go of more than it had");
+        debug_assert!(before >= bytes, "a share released more than it had");
         let after = before.wrapping_sub(bytes);
         if before >= self.all.spill_at && after < self.all.spill_at {
             self.metrics.spill.now.dec();
@@ -437,7 +437,7 @@ impl Share {
 
     /// Releases this many bytes of memory.
     pub fn shrink_memory(&mut self, bytes: u64) {
-        debug_assert!(self.memory >= bytes, "a spool let go of more than it had");
+        debug_assert!(self.memory >= bytes, "a spool released more than it had");
         let bytes = bytes.min(self.memory);
         if bytes == 0 {
             return;

@@ -143,7 +143,7 @@ impl Doorway {
             *complained = Some(Instant::now());
             tracing::warn!(
                 accepts_below = self.below,
-                "open files run out: no connection is accepted until some are closed; raise the limit of open files"
+                "few open files are left: no connection is accepted until some are closed; raise the limit of open files"
             );
         }
     }

@@ -184,7 +184,7 @@ fn unwritten(error: io::Error) -> Box<Error> {
         io::ErrorKind::TimedOut => ErrorType::WriteTimedout,
         _ => ErrorType::WriteError,
     };
-    Error::because(kind, "writing the answer", error).into_down()
+    Error::because(kind, "writing the response", error).into_down()
 }
 
 #[async_trait]

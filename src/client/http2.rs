@@ -84,7 +84,7 @@ pub async fn serve(
     let guard = Guard::new(io, watch.clone(), listener.header_timeout);
     let mut connection = match listener.h2_options.handshake::<_, Bytes>(guard).await {
         Ok(connection) => connection,
-        Err(error) => return tracing::debug!(%error, "a handshake of HTTP/2 failed"),
+        Err(error) => return tracing::debug!(%error, "an HTTP/2 handshake failed"),
     };
     let (mut ends, mut cut) = (false, false);
     loop {
@@ -144,7 +144,7 @@ pub async fn serve(
                     if let Some(refusal) = watch.verdict(&error) {
                         refuse(refusal);
                     }
-                    tracing::debug!(%error, "a connection of HTTP/2 failed");
+                    tracing::debug!(%error, "an HTTP/2 connection failed");
                 }
                 return;
             }
@@ -272,13 +272,13 @@ impl Stream {
     fn write_header(&mut self, mut answer: Box<ResponseHeader>, end: bool) -> Result<()> {
         let mut core = self.control.core();
         if core.ended || self.answered.is_some() {
-            tracing::debug!("a second header of an answer is dropped");
+            tracing::debug!("a second response header is dropped");
             return Ok(());
         }
         for name in &OF_HTTP1 {
             answer.remove_header(name);
         }
-        const WRITING: &str = "writing the header of an answer";
+        const WRITING: &str = "writing the header of a response";
         if answer.status.is_informational() {
             let interim = Response::from_parts(answer.as_owned_parts(), ());
             return core.respond.send_informational(interim).or_err(ErrorType::WriteError, WRITING);
@@ -329,7 +329,7 @@ impl Stream {
             None => send.send_data(Bytes::new(), true),
         };
         self.sent(send, 0, ended.is_ok());
-        ended.or_err(ErrorType::WriteError, "ending an answer")
+        ended.or_err(ErrorType::WriteError, "ending a response")
     }
 }
 
@@ -395,7 +395,7 @@ impl CustomSession for Stream {
                 HttpTask::Body(Some(data), end) if !data.is_empty() => self.write(data, end).await,
                 HttpTask::Trailer(Some(trailers)) => self.end(Some(*trailers)),
                 HttpTask::Body(..) | HttpTask::Trailer(None) | HttpTask::Done => Ok(()),
-                HttpTask::UpgradedBody(..) => Error::e_explain(ErrorType::InternalError, "HTTP/2 knows no upgrades"),
+                HttpTask::UpgradedBody(..) => Error::e_explain(ErrorType::InternalError, "HTTP/2 has no upgrades"),
                 HttpTask::Failed(error) => return Err(error),
             }
             .map_err(|error| error.into_down())?;

@@ -428,7 +428,7 @@ impl Intake {
             Ok(Room::Full) if self.terms.stream_large => Ok(false),
             Ok(Room::Full) => refuse(Party::Client, What::TooLarge),
             Err(SpoolError::Full(error)) => {
-                tracing::warn!(%error, "no disk left for request bodies");
+                tracing::warn!(%error, "no disk space is left for request bodies");
                 no_disk(self.terms.stream_without_disk)
             }
             Err(SpoolError::Failed(error)) => {

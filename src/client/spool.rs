@@ -385,7 +385,7 @@ impl Spool {
 
     /// Restarts at the first byte.
     pub fn rewind(&mut self) {
-        debug_assert!(self.keeps, "what was popped of a consuming spool is gone");
+        debug_assert!(self.keeps, "a consuming spool has released its popped bytes");
         if !self.keeps {
             return;
         }

@@ -615,7 +615,7 @@ impl Core {
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
         ready!(stalled.as_mut().poll(cx));
         self.connection.set_fault(Phase::Write, What::Silent);
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client accepts no bytes")))
     }
 
     /// Pingora's session writes only whether the connection is kept into `Connection`. A 426 also requires the option

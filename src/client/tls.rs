@@ -210,7 +210,7 @@ impl Tls {
                     self.metrics.reloaded.inc();
                     for (index, _) in &taken {
                         let file = &self.sources[*index].cert;
-                        tracing::info!(listener = %self.listener, "the certificate in `{file}` was read anew");
+                        tracing::info!(listener = %self.listener, "the certificate in `{file}` was reloaded");
                     }
                 }
                 Err(errors) => {
@@ -228,7 +228,7 @@ impl Tls {
     fn refuse(&self, errors: &[BuildError]) {
         self.metrics.refused.inc();
         for error in errors {
-            tracing::warn!(listener = %self.listener, "a changed certificate is not taken, the one before stays: {error}");
+            tracing::warn!(listener = %self.listener, "a changed certificate is not used, the old one stays: {error}");
         }
     }
 
@@ -245,7 +245,7 @@ impl Tls {
             None => tickets.rotate().map_err(|error| error.to_string()),
         };
         if let Err(error) = renewed {
-            tracing::warn!(listener = %self.listener, "the keys of tickets stay as they are: {error}");
+            tracing::warn!(listener = %self.listener, "the ticket keys remain unchanged: {error}");
         }
     }
 
@@ -279,7 +279,7 @@ fn read(source: &Source) -> Result<(Option<Loaded>, Files), Vec<BuildError>> {
     match Loaded::parse(source, &files) {
         Ok(loaded) => Ok((Some(loaded), files)),
         Err(found) if source.issued && found.iter().all(|error| ["cert", "key"].contains(&error.path.as_str())) => {
-            found.iter().for_each(|error| tracing::warn!("a certificate that was issued is not served: {error}"));
+            found.iter().for_each(|error| tracing::warn!("an issued certificate is not used: {error}"));
             Ok((None, files))
         }
         Err(found) => Err(found),

@@ -815,7 +815,7 @@ impl Wire {
         match past.bypass.poll_send(cx, &mut past.pieces) {
             Poll::Ready(outcome) => {
                 past.sends = false;
-                let failed = |error| Error::because(ErrorType::WriteError, "writing the answer", error).into_down();
+                let failed = |error| Error::because(ErrorType::WriteError, "writing the response", error).into_down();
                 self.written(outcome.map(|()| self.end_written).map_err(failed));
             }
             Poll::Pending if ends_for_lack_of_budget(cx) => return Poll::Pending,
@@ -907,7 +907,7 @@ impl Wire {
             let since = *self.fetching.get_or_insert_with(Instant::now);
             self.waits_for = Party::Disk;
             ready!(self.timer.poll(cx, since + self.manner.disk_max));
-            tracing::error!("the disk does not give back a spooled answer");
+            tracing::error!("the disk did not return a spooled response in time");
             self.fail(Fault::new(Party::Disk, Phase::Write, What::Silent));
             return Poll::Ready(None);
         };
@@ -915,7 +915,7 @@ impl Wire {
         match next {
             Ok(piece) => Poll::Ready(piece),
             Err(error) => {
-                tracing::error!(%error, "a spooled answer could not be read back");
+                tracing::error!(%error, "a spooled response could not be read back");
                 self.fail(Fault::new(Party::Disk, Phase::Write, What::Failed));
                 Poll::Ready(None)
             }
@@ -1114,7 +1114,7 @@ impl Wire {
             // The bytes are still in memory; only further room is missing.
             Err(SpoolError::Full(_)) => {}
             Err(SpoolError::Failed(error)) => {
-                tracing::error!(%error, "an answer could not be spooled to disk");
+                tracing::error!(%error, "a response could not be spooled to disk");
             }
         }
         // Only the client can make room. A held response would wait for ever, so it is sent now.
@@ -1141,7 +1141,7 @@ impl Wire {
             Fault::new(Party::Client, Phase::Receive, What::Left)
         } else {
             ready!(self.timer.poll(cx, since + self.manner.disk_max));
-            tracing::error!("the disk does not take an answer that is held");
+            tracing::error!("the disk did not accept a held response in time");
             Fault::new(Party::Disk, Phase::Receive, What::Silent)
         };
         self.fail(fault);
@@ -1238,7 +1238,7 @@ impl Wire {
 }
 
 fn shorter_or_longer() -> Box<Error> {
-    Error::explain(ErrorType::WriteError, "the answer is shorter or longer than announced").into_down()
+    Error::explain(ErrorType::WriteError, "the response is shorter or longer than announced").into_down()
 }
 
 /// Whether a task belongs to the final response.

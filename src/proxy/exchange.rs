@@ -109,13 +109,13 @@ impl Deref for Carried {
     type Target = Exchange;
 
     fn deref(&self) -> &Exchange {
-        self.0.as_ref().expect("it is there until this is dropped")
+        self.0.as_ref().expect("present until this is dropped")
     }
 }
 
 impl DerefMut for Carried {
     fn deref_mut(&mut self) -> &mut Exchange {
-        self.0.as_mut().expect("it is there until this is dropped")
+        self.0.as_mut().expect("present until this is dropped")
     }
 }
 

@@ -226,7 +226,7 @@ fn story(
     headers: &HeaderMap,
 ) -> Story {
     let text = |bytes: &[u8]| Box::<str>::from(String::from_utf8_lossy(bytes));
-    let context = exchange.traced.as_ref().expect("what is recorded has its place in a trace").place;
+    let context = exchange.traced.as_ref().expect("a recorded exchange has a place in a trace").place;
     let Finished { client, request, way, summary, .. } = finished;
     Story {
         context,

@@ -36,7 +36,8 @@ pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut Request
     let http1 = exchange.routing.upstream.as_ref().is_none_or(|upstream| upstream.is_http1());
     if !http1 {
         if !request.raw_path_is_utf8() {
-            return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot say this target").map_err(into_down);
+            return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot express this target")
+                .map_err(into_down);
         }
         accept_trailers(client, request)?;
     }

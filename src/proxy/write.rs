@@ -171,7 +171,7 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     }
     let error = drained.err().unwrap_or_else(|| Error::new_down(ErrorType::WriteError));
     exchange.refusal = Some(blame::row(fault::of(exchange, &error, false)).refusal);
-    tracing::debug!(%error, "an answer was not taken to its end");
+    tracing::debug!(%error, "a client did not accept the whole response");
     cut_if_begun(exchange, client, Some(&error)).await;
 }
 

@@ -248,7 +248,7 @@ where
         self.proxy.response_filter(self.session, response, self.exchange).await?;
         if response.status == StatusCode::SWITCHING_PROTOCOLS {
             // The client did not request another protocol.
-            return Error::e_explain(ErrorType::InvalidHTTPHeader, "an answer of another protocol")
+            return Error::e_explain(ErrorType::InvalidHTTPHeader, "a response of another protocol")
                 .map_err(|error: Box<Error>| error.into_up());
         }
         Ok(())
@@ -259,7 +259,7 @@ where
         let failed = vec![HttpTask::Failed(error)];
         match self.session.downstream_session.response_duplex_vec(failed).await {
             Err(error) => error,
-            Ok(_) => Error::explain(ErrorType::ConnectionClosed, "before the end of an answer").into_up(),
+            Ok(_) => Error::explain(ErrorType::ConnectionClosed, "before the end of a response").into_up(),
         }
     }
 }

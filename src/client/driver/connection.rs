@@ -52,7 +52,7 @@ impl Connection {
             // The gate of the exchange watches the client meanwhile.
             Some(time) => within(time, NoClient::Within, open)
                 .await
-                .ok_or_else(|| Error::explain(ErrorType::ConnectTimedout, format!("{time:?} are over")))??,
+                .ok_or_else(|| Error::explain(ErrorType::ConnectTimedout, format!("{time:?} have passed")))??,
             None => open.await?,
         };
         if let Socket::Tcp(stream) = &opened.socket {
@@ -309,12 +309,12 @@ impl<'c> Messages<'c> {
             match ready!(self.poll_receive(cx)) {
                 Ok(0) if self.answer.close() => return Poll::Ready(Ok(Part::Body(Bytes::new(), true))),
                 Ok(0) => {
-                    let error = Error::explain(ErrorType::ConnectionClosed, "before the end of an answer");
+                    let error = Error::explain(ErrorType::ConnectionClosed, "before the end of a response");
                     return Poll::Ready(Err(error.into_up()));
                 }
                 Ok(_) => {}
                 Err(error) => {
-                    let error = Error::because(ErrorType::ReadError, "receiving the answer", error);
+                    let error = Error::because(ErrorType::ReadError, "receiving the response", error);
                     return Poll::Ready(Err(error.into_up()));
                 }
             }

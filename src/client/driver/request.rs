@@ -114,7 +114,7 @@ impl Outgoing {
         let mut bytes = Vec::with_capacity(512);
         let target = request.raw_path();
         if target.iter().any(|byte| matches!(byte, 0 | b'\r' | b'\n' | b' ')) {
-            return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/1 cannot say this target");
+            return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/1 cannot express this target");
         }
         for part in [request.method.as_str().as_bytes(), b" ", target, b" HTTP/1.1\r\n"] {
             bytes.extend_from_slice(part);

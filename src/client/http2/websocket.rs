@@ -258,13 +258,13 @@ impl Carrier {
 
     /// Sends this header to the client.
     fn begin(&mut self, head: &[u8]) -> io::Result<()> {
-        let (mut status, mut fields) = parse(head).ok_or_else(|| broken("a header that is none"))?;
+        let (mut status, mut fields) = parse(head).ok_or_else(|| broken("an invalid header"))?;
         let agreed = status == StatusCode::SWITCHING_PROTOCOLS;
         if agreed && fields.get(&ACCEPT).is_none_or(|accept| accept.as_bytes() != self.accept.as_bytes()) {
             self.respond.send_reset(Reason::CONNECT_ERROR);
             return Err(broken("the endpoint does not speak WebSocket"));
         }
-        let end = end(status, &fields).ok_or_else(|| broken("a length that is none"))?;
+        let end = end(status, &fields).ok_or_else(|| broken("an invalid length"))?;
         OF_HTTP1.iter().chain([&ACCEPT]).for_each(|name| drop(fields.remove(name)));
         if agreed {
             status = StatusCode::OK;

@@ -142,7 +142,7 @@ impl Disk {
     /// Waits for a permit. Waiters are served in order.
     pub fn permit(&self) -> impl Future<Output = Permit> + Send + 'static {
         let slots = self.slots.clone();
-        async move { Permit(slots.acquire_owned().await.expect("nobody closes this semaphore")) }
+        async move { Permit(slots.acquire_owned().await.expect("this semaphore is never closed")) }
     }
 
     /// Writes the pieces in order at `offset` of the file, or of a new one. `held` is their share of the budget: it is

@@ -305,7 +305,7 @@ fn private_key(path: &str, pem: &[u8]) -> Result<PKey<Private>, BuildError> {
         return Err(wrong("holds no private key in PEM"));
     }
     if count(pem, b"BEGIN ENCRYPTED PRIVATE KEY") + count(pem, b"Proc-Type: 4,ENCRYPTED") > 0 {
-        return Err(wrong("is encrypted: take its password off, and let nobody but Forebay read the file"));
+        return Err(wrong("is encrypted: remove its password, and allow only Forebay to read the file"));
     }
     // Without a callback the library would ask for a password at the terminal.
     PKey::private_key_from_pem_callback(pem, |_| Ok(0)).map_err(|_| wrong("holds a key that is cut short or garbled"))
@@ -551,7 +551,7 @@ pub(super) mod tests {
         let key = dir.path().join("encrypted.key").display().to_string();
         openssl(&["pkey", "-in", &one.key, "-aes128", "-passout", "pass:secret", "-out", &key]);
         let encrypted =
-            format!("key: `{key}` is encrypted: take its password off, and let nobody but Forebay read the file");
+            format!("key: `{key}` is encrypted: remove its password, and allow only Forebay to read the file");
         assert_eq!(told(&one.cert, &key), [encrypted]);
     }
 

@@ -67,17 +67,17 @@ impl<'a> Der<'a> {
 pub fn parse(der: &[u8], serial: &str) -> Result<Staple, &'static str> {
     let Some((status, basic)) = outer(der) else { return Err("is not an OCSP response in DER") };
     let Some(basic) = basic.filter(|_| status == [0]) else {
-        return Err("is an answer of OCSP that says that its responder failed");
+        return Err("is an OCSP response whose responder failed");
     };
     let Some(single) = find(basic, serial) else {
-        return Err("is an answer of OCSP about another certificate, or about none");
+        return Err("is an OCSP response for another certificate, or for none");
     };
     if single.status != GOOD {
-        return Err("is an answer of OCSP that says that the certificate is revoked or unknown");
+        return Err("is an OCSP response that reports the certificate as revoked or unknown");
     }
     let next_update = single.next_update.and_then(seconds);
     // Without it, newer information is always available (RFC 6960 §4.2.2.1), so the response cannot be stapled.
-    let next_update = next_update.ok_or("is an answer of OCSP that does not say until when it holds")?;
+    let next_update = next_update.ok_or("is an OCSP response without the time of the next update")?;
     Ok(Staple { der: der.to_vec(), next_update })
 }
 
@@ -170,18 +170,15 @@ pub(in crate::client) mod tests {
     fn an_answer_is_known_by_its_certificate_and_ends_with_its_time() {
         let good = answer(&[0x00, 0xab, 0xcd], GOOD, "20261231235959Z");
         assert_eq!(parse(&good, "ABCD").map(|staple| staple.next_update), Ok(1_798_761_599));
-        assert_eq!(parse(&good, "ABCE"), Err("is an answer of OCSP about another certificate, or about none"));
+        assert_eq!(parse(&good, "ABCE"), Err("is an OCSP response for another certificate, or for none"));
         let revoked = answer(&[0x01], TAG_1, "20261231235959Z");
         assert_eq!(
             parse(&revoked, "01"),
-            Err("is an answer of OCSP that says that the certificate is revoked or unknown")
+            Err("is an OCSP response that reports the certificate as revoked or unknown")
         );
         let timeless = answer(&[0x01], GOOD, "tomorrow");
-        assert_eq!(parse(&timeless, "01"), Err("is an answer of OCSP that does not say until when it holds"));
-        assert_eq!(
-            parse(b"\x30\x03\x0a\x01\x06", "01"),
-            Err("is an answer of OCSP that says that its responder failed")
-        );
+        assert_eq!(parse(&timeless, "01"), Err("is an OCSP response without the time of the next update"));
+        assert_eq!(parse(b"\x30\x03\x0a\x01\x06", "01"), Err("is an OCSP response whose responder failed"));
         assert_eq!(parse(b"-----BEGIN", "01"), Err("is not an OCSP response in DER"));
         assert_eq!(parse(&[&good[..], b"\n"].concat(), "ABCD"), Err("is not an OCSP response in DER"));
     }

@@ -31,7 +31,7 @@ async fn keep_files(tls: &Arc<Tls>) {
     let watcher = watcher(&files, told.clone());
     if let Err(error) = &watcher {
         let refresh = tls.written.refresh;
-        tracing::warn!(listener = %tls.listener, "certificates are looked at every {refresh} only: {error}");
+        tracing::warn!(listener = %tls.listener, "certificates are checked only every {refresh}: {error}");
     }
     loop {
         tokio::select! {
@@ -47,7 +47,7 @@ async fn keep_files(tls: &Arc<Tls>) {
         };
         // The check reads files, so it runs on a blocking thread.
         if let Err(error) = tokio::task::spawn_blocking(look).await {
-            tracing::error!("certificates could not be looked at: {error}");
+            tracing::error!("certificates could not be checked: {error}");
         }
     }
 }

@@ -447,7 +447,7 @@ impl Regexes {
             let patterns = ranked.iter().map(|(_, pattern)| pattern);
             // Each expression was compiled alone within the usual size limit; without a limit, compiling the set cannot
             // fail.
-            RegexSetBuilder::new(patterns).size_limit(usize::MAX).build().expect("sound expressions make a sound set")
+            RegexSetBuilder::new(patterns).size_limit(usize::MAX).build().expect("valid expressions make a valid set")
         };
         self.sets = self.ranked.chunks(Self::SET_MAX).map(set).collect();
     }
