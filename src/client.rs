@@ -123,7 +123,7 @@ use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
 
-/// Maximum time to tell a client that the connection limit is reached.
+/// Maximum time to send a client the refusal that the connection limit is reached.
 const TURN_AWAY: Duration = Duration::from_millis(200);
 /// Maximum number of connections that are told so at a time. They hold no other resources; further ones are closed
 /// without a response.
@@ -350,7 +350,7 @@ async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
     let _ = within(TURN_AWAY, NoClient::ItsIo, told).await;
 }
 
-/// Counts a connection that is being told of the limit.
+/// Counts a connection that receives a response about the connection limit.
 struct Hearing<'d>(&'d AtomicUsize);
 
 impl<'d> Hearing<'d> {

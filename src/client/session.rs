@@ -215,7 +215,7 @@ impl Link {
         &self.waits
     }
 
-    /// Closes the connection after this response; the response says so.
+    /// Closes the connection after this response; the response announces the close.
     pub fn close_after_answer(&self) {
         self.wire().close_after_answer();
     }

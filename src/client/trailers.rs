@@ -50,7 +50,7 @@ static NEVER: [HeaderName; 42] = [
     HeaderName::from_static("x-forwarded-proto"),
 ];
 
-/// The first of them concern framing or one connection.
+/// Number of leading entries of `NEVER` that concern framing or one connection.
 const OF_CONNECTION: usize = 8;
 
 /// Removes the fields that must not be in trailers. In a gRPC call other fields are metadata, whatever their names.

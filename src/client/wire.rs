@@ -247,7 +247,7 @@ pub struct Wire {
     leave: Leave,
     /// The response may not be sent before it is complete (`Leave::Full`).
     held: bool,
-    /// The connection closes after this response, and the response says so.
+    /// The connection closes after this response, and the response announces the close.
     last_on_connection: bool,
     /// Part of the final response was given to the session.
     begun: bool,
@@ -591,7 +591,7 @@ impl Wire {
         self.held = !self.ended;
     }
 
-    /// Closes the connection after this response; the response says so.
+    /// Closes the connection after this response; the response announces the close.
     pub fn close_after_answer(&mut self) {
         self.last_on_connection = true;
     }
