@@ -399,7 +399,7 @@ async fn stream(
 
 /// Sends a part of a response, within the time limit of the client.
 async fn in_time<T>(part: impl Future<Output = pingora::Result<T>>) -> pingora::Result<T> {
-    let slow = || pingora::Error::e_explain(pingora::ErrorType::WriteTimedout, "it was not taken in time");
+    let slow = || pingora::Error::e_explain(pingora::ErrorType::WriteTimedout, "the client did not read it in time");
     within(ANSWER, NoClient::Operator, part).await.unwrap_or_else(slow)
 }
 

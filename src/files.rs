@@ -1,9 +1,8 @@
-//! Files that filters go by, and that are read again when they change: users, keys, lists of networks. One watcher for
-//! all.
+//! Files that filters use and that are reloaded when they change: users, keys, lists of networks. One watcher serves all.
 //!
-//! The owner of what a file holds gives the names to [`Files::keep`] and is called when to look again. The system tells
-//! of changes in the directories of the files, so that a file that is renamed to another is seen, and a link that is
-//! turned. Each is looked at every now and then as well, for not every file system tells.
+//! The owner of a file's content registers the names with [`Files::keep`] and is called when it should check them. The
+//! system reports changes in the directories of the files, so a file that is replaced by a rename and a changed symbolic
+//! link are noticed. Each file is also checked periodically, because not every file system reports changes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,29 +17,29 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// Between the first word of a change and the look at the files: a certificate and its key are two of them, and who
-/// writes in place needs more than one write for it.
+/// The delay between the first report of a change and the check of the files: a certificate and its key are two files,
+/// and a program that writes a file in place may need several writes.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// Keeps something that files hold.
+/// The owner of what files hold.
 pub trait Keeper: Send + Sync + 'static {
     /// The files may have changed. Runs on a thread that may block, and never twice at a time.
     fn look(&self);
 }
 
-/// All files that are looked after. Clones share everything.
+/// All files that are watched. Clones share everything.
 #[derive(Clone, Default)]
 pub struct Files(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
     kept: Mutex<Vec<Kept>>,
-    /// There are new ones.
+    /// Notified when an owner is added.
     added: Notify,
 }
 
 struct Kept {
-    /// What it is called in the log.
+    /// The name in the log.
     what: String,
     directories: Vec<PathBuf>,
     refresh: Duration,
@@ -50,8 +49,8 @@ struct Kept {
 }
 
 impl Files {
-    /// Has `keeper` look at these files when one of them may have changed, and every `refresh` besides, for as long as
-    /// there is one. `what` names it in the log.
+    /// Calls `keeper` when one of these files may have changed, and also every `refresh`, until `keeper` is dropped.
+    /// `what` names it in the log.
     pub fn keep<K: Keeper>(&self, what: &str, files: &[&Path], refresh: Duration, keeper: &Arc<K>) {
         let keeper: Arc<dyn Keeper> = keeper.clone();
         let directories: BTreeSet<_> = files.iter().map(|file| directory(file)).collect();
@@ -66,7 +65,7 @@ impl Files {
         self.0.added.notify_one();
     }
 
-    /// The service that does it.
+    /// The service that watches the files.
     pub fn background(&self) -> GenBackgroundService<Files> {
         GenBackgroundService::new("files".to_owned(), Arc::new(self.clone()))
     }
@@ -75,7 +74,7 @@ impl Files {
         self.0.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks after the files for ever.
+    /// Watches the files in an endless loop.
     async fn run(&self) {
         let told = Arc::new(Told::default());
         let mut watched = Watched::new(told.clone());
@@ -92,7 +91,8 @@ impl Files {
         }
     }
 
-    /// Watches what is new, and forgets owners that are gone. Returns the next time at which one is to look.
+    /// Watches the directories of new owners, and removes owners that were dropped. Returns the time of the next
+    /// periodic check.
     fn attend(&self, watched: &mut Watched) -> Instant {
         let mut kept = self.kept();
         kept.retain(|kept| kept.keeper.strong_count() > 0);
@@ -105,7 +105,7 @@ impl Files {
         kept.iter().map(|kept| kept.due).min().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
     }
 
-    /// Starts the looks that are due, or of whose files one may have changed.
+    /// Starts the checks that are due, and those whose files may have changed.
     fn look(&self, changed: &Changed) {
         let now = Instant::now();
         for kept in self.kept().iter_mut() {
@@ -113,7 +113,7 @@ impl Files {
                 continue;
             }
             if kept.look.as_ref().is_some_and(|look| !look.is_finished()) {
-                // The look before hangs, or has begun too early for this change.
+                // The previous check is still running and may have begun before this change.
                 kept.due = now + SETTLE;
                 continue;
             }
@@ -138,13 +138,13 @@ impl BackgroundService for Files {
     }
 }
 
-/// The directory of a file, in the one form in which the system tells of it.
+/// The absolute directory of a file, as the system reports it.
 fn directory(file: &Path) -> PathBuf {
     let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned())
 }
 
-/// What the system has told of, since somebody asked.
+/// The changes that the system reported since the last [`Told::take`].
 #[derive(Default)]
 struct Told {
     changed: Mutex<Changed>,
@@ -154,7 +154,7 @@ struct Told {
 #[derive(Default)]
 struct Changed {
     paths: BTreeSet<PathBuf>,
-    /// It is not known what.
+    /// Any file may have changed.
     all: bool,
 }
 
@@ -162,7 +162,7 @@ impl Told {
     fn tell(&self, event: notify::Result<notify::Event>) {
         let mut changed = self.changed.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
-            // That one is read is an event as well, and ours.
+            // Reads are events, too, and come from Forebay itself.
             Ok(event) if matches!(event.kind, EventKind::Access(_)) => return,
             Ok(event) if !event.need_rescan() => changed.paths.extend(event.paths),
             _ => changed.all = true,
@@ -185,11 +185,11 @@ impl Changed {
     }
 }
 
-/// The directories that the system tells of.
+/// The directories that are watched.
 struct Watched {
     watcher: Option<RecommendedWatcher>,
     directories: BTreeSet<PathBuf>,
-    /// Those that it cannot tell of; each was said once.
+    /// Directories that cannot be watched; each was logged once.
     refused: BTreeSet<PathBuf>,
 }
 
@@ -197,7 +197,7 @@ impl Watched {
     fn new(told: Arc<Told>) -> Watched {
         let watcher = notify::recommended_watcher(move |event| told.tell(event));
         if let Err(error) = &watcher {
-            tracing::warn!("no file can be watched, each is looked at every now and then only: {error}");
+            tracing::warn!("no file can be watched; each is checked only periodically: {error}");
         }
         Watched { watcher: watcher.ok(), directories: BTreeSet::new(), refused: BTreeSet::new() }
     }
@@ -211,13 +211,15 @@ impl Watched {
             }
             Err(error) => {
                 if self.refused.insert(directory.to_owned()) {
-                    tracing::warn!("the files of {what} are looked at every {refresh:?} only: {error}");
+                    tracing::warn!(
+                        "the files of {what} cannot be watched; they are checked every {refresh:?}: {error}"
+                    );
                 }
             }
         }
     }
 
-    /// A directory that was removed, or that another one has taken the place of, is watched anew.
+    /// Ends the watch of directories that were removed or replaced, so that they are watched again.
     fn forget(&mut self, changed: &Changed) {
         for path in &changed.paths {
             if self.directories.remove(path)

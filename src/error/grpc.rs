@@ -15,7 +15,7 @@ pub enum Code {
     Cancelled = 1,
     /// Nothing better is known.
     Unknown = 2,
-    /// The time of the call is over, whoever took it.
+    /// The deadline of the call has passed.
     DeadlineExceeded = 4,
     /// The caller may not do this.
     PermissionDenied = 7,
@@ -27,18 +27,18 @@ pub enum Code {
     Aborted = 10,
     /// It asks for something past the end.
     OutOfRange = 11,
-    /// There is no such method.
+    /// The method does not exist.
     Unimplemented = 12,
     /// Something that must hold does not.
     Internal = 13,
-    /// Nobody can serve it just now; trying again may help.
+    /// The service is unavailable; a retry may help.
     Unavailable = 14,
     /// The caller has not said who it is.
     Unauthenticated = 16,
 }
 
 impl Code {
-    /// The code that stands for an HTTP status of 400 and above.
+    /// The code for an HTTP status of 400 and above.
     pub fn of_http(status: u16) -> Code {
         match status {
             400 | 500 => Code::Internal,
@@ -58,7 +58,7 @@ impl Code {
 }
 
 impl Refusal {
-    /// What a gRPC client is told, as `grpc-status`.
+    /// The value of `grpc-status`.
     pub fn grpc_code(&self) -> Code {
         let (phase, cause) = self.reason.split_once('.').unwrap_or((self.reason, ""));
         match (phase, cause) {
@@ -69,7 +69,7 @@ impl Refusal {
         }
     }
 
-    /// What a gRPC client is told, as `grpc-message`.
+    /// The value of `grpc-message`.
     pub fn grpc_message(&self) -> String {
         encode(&format!("{}: {}", self.reason, self.message))
     }

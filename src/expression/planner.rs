@@ -575,7 +575,7 @@ impl<'t> Planner<'t> {
     fn unfit<T>(&self, sign: &str, at: &IdedExpr, one: &Plan, other: &Plan) -> Planned<T> {
         let help = match (one.kind(), other.kind()) {
             (Kind::Int, Kind::Double) | (Kind::Double, Kind::Int) => "write `double(…)` around the whole number",
-            (Kind::Text, _) | (_, Kind::Text) if sign == "+" => "write `string(…)` around what is no text",
+            (Kind::Text, _) | (_, Kind::Text) if sign == "+" => "write `string(…)` around what is not text",
             _ => "it takes two numbers of one kind",
         };
         let (one, other) = (one.kind().told(), other.kind().told());

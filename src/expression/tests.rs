@@ -487,7 +487,7 @@ fn wrong_types_are_told_with_their_place() {
         ),
         (
             "\"a\" + 1 == \"a1\"",
-            "1:7 `1`: `+` does not take text (string) and a whole number (int): write `string(…)` around what is no text",
+            "1:7 `1`: `+` does not take text (string) and a whole number (int): write `string(…)` around what is not text",
         ),
         (
             "1 + 1.5 == 2.5",

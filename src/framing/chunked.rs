@@ -23,7 +23,7 @@ const EXTRA_BYTES_PER_CHUNK: usize = 16;
 /// Digits of a size; fifteen are 2⁶⁰ bytes and enough.
 const DIGITS_MAX: u8 = 15;
 
-/// The body is not framed as RFC 9112 §7.1 says, or has too many bytes that are no data.
+/// The body is not framed as RFC 9112 §7.1 says, or has too many bytes that are not data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 

@@ -153,7 +153,7 @@ const TABLE: &[(&str, Fate, &str)] = &[
     ("split_clients", Lost, "write `upstreams` with weights, or `when: hash(source.address) % 100 < 5`"),
     ("mirror mirror_request_body", Lost, "write `mirror: { upstream: … }` on the route"),
     ("stub_status status* vhost_traffic* req_status*", Lost, "the admin endpoint has `/metrics` and `/status`"),
-    ("geoip* geoip2*", Lost, "there is no data base of places"),
+    ("geoip* geoip2*", Lost, "there is no database of locations"),
     ("limit_conn*", Lost, "only connections of one address are limited: `limits.requests_per_ip`"),
     (
         "limit_req_dry_run limit_req_log_level limit_conn_log_level limit_conn_status limit_req_zone limit_conn_zone",

@@ -42,12 +42,12 @@ pub enum Behaviour {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     Close,
-    /// A reset when so many bytes of the body have come; 0 is as soon as the header is there.
+    /// A reset after this number of bytes of the body; 0: as soon as the header was read.
     Reset(u64),
     Hang,
     Early,
     Garbage,
-    /// Half of so many bytes.
+    /// Half of this number of bytes.
     Half(u64),
     HalfChunked,
     Stall,

@@ -216,7 +216,7 @@ impl Wire {
         }
     }
 
-    /// Exactly so many bytes.
+    /// Exactly this number of bytes.
     pub async fn exactly(&mut self, length: usize) -> io::Result<Bytes> {
         while self.unread.len() < length {
             self.fill_or_fail().await?;

@@ -17,7 +17,7 @@ use tokio::time::Sleep;
 /// Longer than anything is waited for that has no limit in the configuration.
 pub const FAR: Duration = Duration::from_secs(24 * 3600);
 
-/// Sees whether there is still somebody to wait for it.
+/// Notices when the client that waits has left.
 pub trait Eye {
     /// What is seen when there is not.
     type Left;
@@ -156,7 +156,7 @@ impl<E: Eye> Wait<E> {
     }
 }
 
-/// Waits for `future` for so long at most, where there is no client; `None`: it took longer.
+/// Waits for `future` for at most this time, where no client waits; `None`: it took longer.
 pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> Option<F::Output> {
     Wait::at_most(time, reason).on(future).await.in_time()
 }

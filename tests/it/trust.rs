@@ -62,7 +62,7 @@ const TRIES: &[(&str, &[&str])] = &[
     ),
     ("X-Request-Id", &["X-Request-Id: mine\r\n"]),
     (
-        "any whose name has more than letters, digits and hyphens",
+        "any whose name has other characters than letters, digits and hyphens",
         &[
             "Content_Length: 0\r\nTransfer_Encoding: identity\r\n",
             "X_Accel_Buffering: no\r\n",

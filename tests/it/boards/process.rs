@@ -202,7 +202,7 @@ pub fn board() -> Board {
             .column("time left", "s", "min by (name) (forebay_tls_certificate_not_after_timestamp_seconds) - time()")
             .wide(2),
             Panel::stack(
-                "Certificates read anew",
+                "Certificates reloaded",
                 "Changed files of certificates, per second, by what became of them.",
                 "ops",
             )
