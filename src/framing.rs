@@ -1,11 +1,12 @@
-//! Where the body of a message ends (RFC 9112 §6, RFC 9113 §8.1.1).
+//! The framing of message bodies: where a body ends (RFC 9112 §6, RFC 9113 §8.1.1).
 //!
-//! [`request::read`] decides it for requests and [`answer::frame`] for answers, for every version of HTTP. All code
-//! that reads, writes, holds back, copies, checks or refuses a message asks these two. Two readers that disagree let a
-//! client smuggle a request, or have it read the next answer as the rest of this one. The functions know no socket.
+//! [`request::read`] decides the framing of requests and [`answer::frame`] that of responses, for every version of
+//! HTTP. All code that reads, writes, buffers, copies, checks or refuses a message uses these two functions. If two
+//! readers of a message disagreed, a client could smuggle a request, or read the next response as the rest of the
+//! current one. The functions perform no IO.
 //!
-//! [`Said`] collects what a header says, [`Body`] is what follows from it, and [`chunked`] follows chunks byte for
-//! byte. [`follow`] finds the trailers of a message beside a library that passes over them.
+//! [`Said`] collects the length fields of a header, and [`Body`] is the resulting framing. [`chunked`] parses a chunked
+//! body byte by byte. [`follow`] extracts trailers where a library discards them.
 
 pub mod answer;
 pub mod chunked;
@@ -16,30 +17,29 @@ use std::borrow::Borrow;
 
 use http::{HeaderMap, HeaderName, header};
 
-/// How a body ends.
+/// The framing of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
-    /// There is none, whatever the header says of a length.
+    /// No body, whatever length the header announces.
     None,
-    /// After this number of bytes, perhaps 0.
+    /// This number of bytes, which can be 0.
     Length(u64),
-    /// Chunks (RFC 9112 §7.1), on HTTP/1.1.
+    /// Chunked (RFC 9112 §7.1); HTTP/1.1 only.
     Chunked,
-    /// The end of what carries it: of the stream on HTTP/2, of the connection on HTTP/1, where only an answer may end
-    /// so.
+    /// Until the end of the stream on HTTP/2, or of the connection on HTTP/1. On HTTP/1 only a response may end so.
     UntilEnd,
 }
 
-/// What a header says of the length of its body: all values of `Content-Length` and `Transfer-Encoding`, however many
-/// fields they are in.
+/// The values of all fields `Content-Length` and `Transfer-Encoding` of a header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Said {
     length: Length,
     coding: Coding,
-    /// Fields `Transfer-Encoding`, and items in all of them; more than two are as good as two.
+    /// Number of fields `Transfer-Encoding`, and of items in all of them. Both stop at 2, since larger numbers make no
+    /// difference.
     coding_fields: u8,
     coding_items: u8,
-    /// A coding is not written as `chunked`, letter for letter.
+    /// Whether a coding is spelled differently from `chunked`, letter case included.
     coding_differs: bool,
 }
 
@@ -61,18 +61,19 @@ enum Length {
 enum Coding {
     #[default]
     Absent,
-    /// Nothing is coded: empty, or `identity`, which earlier versions of HTTP had a name for.
+    /// No coding: an empty value, or `identity`, which earlier versions of HTTP defined.
     Plain,
-    /// Chunks and nothing else. The last value is `chunked`.
+    /// `chunked` only, as the last value.
     Chunked,
-    /// Chunks, and behind them a value that names no coding: some readers see chunks and some do not.
+    /// `chunked`, followed by a value that names no coding. Some readers treat such a body as chunked and others do
+    /// not.
     ChunkedUnclearly,
-    /// Something else, or chunks twice.
+    /// Another coding, or `chunked` twice.
     Other,
 }
 
 impl Said {
-    /// What these fields say.
+    /// Collects the length fields of `headers`.
     pub fn of(headers: &HeaderMap) -> Said {
         let mut said = Said::default();
         // One pass costs less than two look-ups.
@@ -86,12 +87,12 @@ impl Said {
         said
     }
 
-    /// Whether it says anything.
+    /// Whether the header has any length field.
     pub fn is_anything(&self) -> bool {
         *self != Said::default()
     }
 
-    /// A further field `Content-Length`.
+    /// Adds a field `Content-Length`.
     pub fn add_length(&mut self, value: &[u8]) {
         for item in items(value) {
             self.length = match (self.length, decimal(item)) {
@@ -104,7 +105,7 @@ impl Said {
         }
     }
 
-    /// A further field `Transfer-Encoding`.
+    /// Adds a field `Transfer-Encoding`.
     pub fn add_coding(&mut self, value: &[u8]) {
         self.coding_fields = (self.coding_fields + 1).min(2);
         for item in items(value) {
@@ -126,7 +127,7 @@ pub fn items(list: &[u8]) -> impl Iterator<Item = &[u8]> {
     list.split(|&byte| byte == b',').map(trim)
 }
 
-/// Without the white space around it, which is spaces and tabs only (RFC 9110 §5.6.3).
+/// Removes surrounding white space: spaces and tabs only (RFC 9110 §5.6.3).
 fn trim(mut bytes: &[u8]) -> &[u8] {
     while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = bytes {
         bytes = rest;
@@ -134,7 +135,7 @@ fn trim(mut bytes: &[u8]) -> &[u8] {
     bytes
 }
 
-/// Whether one of these lists of tokens has this one, in whatever case.
+/// Whether one of these lists of tokens contains `token`, ignoring case.
 pub fn names<V: Borrow<[u8]>>(lists: impl IntoIterator<Item = V>, token: &str) -> bool {
     lists.into_iter().any(|list| items(list.borrow()).any(|item| item.eq_ignore_ascii_case(token.as_bytes())))
 }
@@ -151,14 +152,14 @@ pub fn takes_trailers(headers: &HeaderMap) -> bool {
     codings.any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
 }
 
-/// Whether a field `Content-Type` names this media type, in whatever case and with whatever parameters (RFC 9110
-/// §8.3.1).
+/// Whether a field `Content-Type` names this media type, ignoring case and parameters (RFC 9110 §8.3.1).
 pub fn is_media_type(value: &[u8], kind: &str) -> bool {
     let named = value.split(|&byte| byte == b';').next().unwrap_or_default();
     trim(named).eq_ignore_ascii_case(kind.as_bytes())
 }
 
-/// The number that these digits are, if they are nothing else and no more than 2⁶³, which every reader can hold.
+/// Parses a decimal number. `None`: the text is empty, has another character, or the number is not below 2⁶³, which
+/// every reader can represent.
 pub fn decimal(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() {
         return None;
@@ -170,7 +171,7 @@ pub fn decimal(digits: &[u8]) -> Option<u64> {
     (number <= i64::MAX as u64).then_some(number)
 }
 
-/// A byte that may stand in a token (RFC 9110 §5.6.2).
+/// Whether a byte may occur in a token (RFC 9110 §5.6.2).
 pub fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }

@@ -1,9 +1,8 @@
-//! Which party an exchange waits for, and what went wrong with which party.
+//! The parties of an exchange, and the faults that are attributed to them.
 //!
-//! Every wait says where it begins which party it is for ([`Waits`]), and every failure is noted where it is found, as
-//! a [`Fault`]: the party, the phase, and what happened. `proxy/blame.rs` has one table of what follows from a fault.
-//! Nothing is concluded afterwards from an error of a library: that knows which socket failed, but not who kept it
-//! waiting.
+//! Each wait records at its start which party it waits for ([`Waits`]). Each failure is recorded where it is detected,
+//! as a [`Fault`]: the party, the phase and the kind of failure. `proxy/blame.rs` has the table of consequences. A
+//! library's error alone would not be enough: it names the socket that failed, but not the party that caused the delay.
 
 pub mod limits;
 pub mod wait;
@@ -14,13 +13,13 @@ use crate::phase::Phase;
 pub use limits::{Bounds, Deadline, Look, Patience, Stage};
 pub use waits::{KeepsWaiting, Waits};
 
-/// A party that can keep an exchange waiting, or end it.
+/// A party that can delay or end an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Party {
     /// The sender of the request.
     Client = 0,
-    /// The server of the upstream that was chosen.
+    /// The upstream server that was selected.
     Endpoint = 1,
     /// The disk that holds spooled bodies.
     Disk = 2,
@@ -29,31 +28,31 @@ pub enum Party {
 }
 
 impl Party {
-    /// All of them; each is at the place of its number.
+    /// All parties, indexed by their number.
     pub const ALL: [Party; 4] = [Party::Client, Party::Endpoint, Party::Disk, Party::Gateway];
 }
 
 /// What a party did, or failed to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum What {
-    /// It did nothing for the longest time that is allowed.
+    /// It made no progress for the maximum time.
     Silent,
     /// It was slower than the minimum rate.
     Slow,
-    /// The whole of its part took longer than is allowed.
+    /// Its whole part took longer than the maximum time.
     Late,
-    /// The deadline of the exchange passed while this party was waited for.
+    /// The deadline of the exchange passed during a wait for this party.
     Overdue,
     /// The client went away.
     Left,
     /// Its connection broke off.
     Broke,
-    /// Its connection broke off after other parties had kept it waiting for longer than [`limits::DAWDLING`]: an
-    /// endpoint, too, may run out of patience with a client.
+    /// Its connection broke off after other parties had delayed it for longer than [`limits::DAWDLING`]. Such an
+    /// endpoint may have timed out because of a slow client.
     GaveUp,
-    /// It sent something that does not follow the protocol.
+    /// It violated the protocol.
     Malformed,
-    /// It sent more than is allowed.
+    /// It sent more than the limit.
     TooLarge,
     /// It refused the connection.
     Refused,
@@ -61,33 +60,33 @@ pub enum What {
     Unreachable,
     /// No secure connection to it could be made.
     Insecure,
-    /// A kept connection had died unnoticed.
+    /// A reused connection had been closed without notice.
     Stale,
-    /// It said that it had not begun with the request.
+    /// It reported that it had not started to process the request.
     Unprocessed,
-    /// It has no descriptors, ports or memory for a further connection.
+    /// It has no descriptors, ports or memory for another connection.
     Exhausted,
-    /// It has no room; a client: it has all that one may have.
+    /// It has no capacity. For a client: it has reached its own limit.
     Full,
-    /// It did not do its work.
+    /// It failed otherwise.
     Failed,
-    /// It stops, and waits no longer.
+    /// It is shutting down and does not wait any longer.
     Stopped,
 }
 
-/// Why an exchange, or an attempt of it, came to nothing.
+/// The reason for the failure of an exchange or an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fault {
     /// The party that is at fault.
     pub party: Party,
-    /// The phase in which it was found.
+    /// The phase in which the fault was detected.
     pub phase: Phase,
-    /// What happened.
+    /// The kind of failure.
     pub what: What,
 }
 
 impl Fault {
-    /// `what` happened in `phase`, and `party` is at fault.
+    /// Attributes `what`, which happened in `phase`, to `party`.
     pub const fn new(party: Party, phase: Phase, what: What) -> Fault {
         Fault { party, phase, what }
     }

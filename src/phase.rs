@@ -9,40 +9,40 @@ pub mod journal;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// Where an exchange is, in the order of its life.
+/// The phase of an exchange, in chronological order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Phase {
-    /// The connection is taken from the kernel; its first byte is awaited (first exchange only).
+    /// The connection was accepted; its first byte is awaited (first exchange only).
     Accept,
-    /// TLS is shaken hands (first exchange only).
+    /// The TLS handshake (first exchange only).
     Handshake,
-    /// The request header arrives, from its first byte to its last.
+    /// The request header is received, from its first byte to its last.
     Header,
-    /// A route is found and the request filters run.
+    /// The route is selected and the request filters run.
     Route,
     /// The request body is held back until it is complete.
     Buffer,
     /// The exchange waits for a free slot of its upstream.
     Queue,
-    /// An endpoint is chosen.
+    /// An endpoint is selected.
     Select,
-    /// A connection to the endpoint is made, or taken from the pool.
+    /// A connection to the endpoint is opened, or taken from the pool.
     Connect,
     /// The request is sent to the endpoint.
     Send,
-    /// The request is out; the whole response header is awaited.
+    /// The request was sent; the response header is awaited.
     Wait,
-    /// The response comes from the endpoint.
+    /// The response is received from the endpoint.
     Receive,
-    /// The endpoint is released; the rest of the response goes to the client.
+    /// The endpoint is released; the rest of the response is sent to the client.
     Write,
-    /// The exchange is settled: connection kept or closed, metrics and log written.
+    /// The exchange is completed: the connection is kept or closed; metrics and log are written.
     Finish,
 }
 
 impl Phase {
-    /// How many phases there are.
+    /// Number of phases.
     pub const COUNT: usize = 13;
 
     /// Every phase, in order.
@@ -62,7 +62,7 @@ impl Phase {
         Phase::Finish,
     ];
 
-    /// The one word for this phase, as it stands in metrics, log fields, reasons and file names.
+    /// The name of this phase in metrics, log fields, reasons and file names.
     pub const fn name(self) -> &'static str {
         match self {
             Phase::Accept => "accept",
@@ -81,7 +81,7 @@ impl Phase {
         }
     }
 
-    /// This phase's place in [`Phase::ALL`].
+    /// The index of this phase in [`Phase::ALL`].
     pub const fn index(self) -> usize {
         self as usize
     }
@@ -93,9 +93,9 @@ impl fmt::Display for Phase {
     }
 }
 
-/// Times one exchange: which phase it is in, and what it spent in those before.
+/// The clock of one exchange: its current phase, and the time spent in each phase.
 ///
-/// Phases may come back (a retry goes from `wait` to `select` again); their times add up.
+/// A phase may recur (a retry returns from `wait` to `select`); its times add up.
 #[derive(Clone, Debug)]
 pub struct Clock {
     phase: Phase,
@@ -105,14 +105,14 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A clock that entered `phase` at `since`.
+    /// Creates a clock that entered `phase` at `since`.
     pub fn start(phase: Phase, since: Instant) -> Self {
         let mut clock = Clock { phase, since, spent: [Duration::ZERO; Phase::COUNT], visited: 0 };
         clock.mark(phase);
         clock
     }
 
-    /// Leaves the current phase for `phase`, at `now`. A no-op if it is the current one.
+    /// Changes to `phase` at `now`. A no-op if it is the current phase.
     pub fn enter(&mut self, phase: Phase, now: Instant) {
         if phase == self.phase {
             return;
@@ -128,23 +128,23 @@ impl Clock {
         self.mark(phase);
     }
 
-    /// Counts the time of the current phase up to `now`.
+    /// Adds the time of the current phase up to `now`.
     pub fn settle(&mut self, now: Instant) {
         self.spent[self.phase.index()] += now.saturating_duration_since(self.since);
         self.since = self.since.max(now);
     }
 
-    /// When the exchange entered the phase that it is in, or when that was settled last.
+    /// When the exchange entered the current phase, or when the clock was last settled.
     pub fn since(&self) -> Instant {
         self.since
     }
 
-    /// The phase the exchange is in.
+    /// The current phase.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// What was spent in `phase` up to the last [`Clock::settle`] or [`Clock::enter`]; `None` if it was never entered.
+    /// The time spent in `phase` up to the last [`Clock::settle`] or [`Clock::enter`]; `None` if it was never entered.
     pub fn spent(&self, phase: Phase) -> Option<Duration> {
         (self.visited & 1 << phase.index() != 0).then(|| self.spent[phase.index()])
     }

@@ -1,9 +1,10 @@
-//! How the body of an answer is marked off: where it comes from, and where it goes to.
+//! The framing of response bodies, as received and as sent to the client.
 //!
-//! Pingora reads the answers of endpoints on HTTP/1. What is decided here is what it really does (its `v1::client` and
-//! `v1::common`): it goes by the last word of the last `Transfer-Encoding`, reads to the end of the connection whatever
-//! is not `chunked` by that, and has taken away a length beside a coding. Where that is one reading of several, or
-//! leaves a body that the client could not read, the answer is faulty; all others are framed anew for their client.
+//! Pingora reads the responses of HTTP/1 endpoints. The rules here match its behaviour (`v1::client` and `v1::common`):
+//! the last word of the last `Transfer-Encoding` decides, a body with any other coding than `chunked` ends with the
+//! connection, and a `Content-Length` next to a coding is removed. If other readers could read the same header
+//! differently, or if the client could not read the body, the response is faulty. All other responses get new framing
+//! for their client.
 
 use http::{HeaderValue, Version, header};
 use pingora::Result;
@@ -11,31 +12,31 @@ use pingora::http::ResponseHeader;
 
 use super::{Body, Coding, Length, Said};
 
-/// How an answer is framed at its source and for its client.
+/// The framing of a response, as received and as sent to the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Framed {
-    /// How its body comes.
+    /// Framing as received.
     pub read: Body,
-    /// How its body leaves.
+    /// Framing as sent.
     pub write: Body,
-    /// The `Content-Length` for the client. Where no body follows, it is the length that the body would have (RFC 9110
+    /// The `Content-Length` for the client. If no body follows, it is the length that the body would have (RFC 9110
     /// §8.6).
     pub length: Option<u64>,
 }
 
-/// Why an answer cannot be passed on.
+/// The reason why a response cannot be forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Its lengths differ, or one of them is not a number.
     Length,
-    /// Its body has a coding that the client did not ask for, or that readers understand differently.
+    /// Its body has a coding that the client did not request, or that readers interpret differently.
     Coding,
-    /// It switches to another protocol (101) in a version that does not know of it.
+    /// It switches to another protocol (101) in a version of HTTP without that status.
     Switch,
 }
 
 impl Fault {
-    /// What is wrong, for a log.
+    /// A description for the log.
     pub fn words(self) -> &'static str {
         match self {
             Fault::Length => "its Content-Length is not a number, or more than one",
@@ -45,32 +46,32 @@ impl Fault {
     }
 }
 
-/// Whether there is no body after such a header, whatever it says (RFC 9112 §6.3): the request had the method HEAD, or
-/// it is the status that says so.
+/// Whether a response has no body, whatever its header announces (RFC 9112 §6.3): the request method was HEAD, or the
+/// status permits none.
 pub fn is_bodiless(head: bool, status: u16) -> bool {
     head || matches!(status, 100..=199 | 204 | 304)
 }
 
-/// How an answer is framed that comes over the version `from` and whose header says this, for a client of the version
-/// `to`. `head`: the request had the method HEAD.
+/// Determines the framing of a response. `from`: the version of the received response; `said`: its length fields; `to`:
+/// the client's version; `head`: the request method was HEAD.
 ///
 /// # Errors
 ///
-/// The answer cannot be passed on; nothing of it must reach the client.
+/// If the response cannot be forwarded. The client must receive no part of it.
 pub fn frame(head: bool, status: u16, from: Version, said: &Said, to: Version) -> Result<Framed, Fault> {
     if status == 101 && from != Version::HTTP_11 {
         // RFC 9110 §7.8, RFC 9113 §8.6.
         return Err(Fault::Switch);
     }
     let length = match said.length {
-        // A coding overrides it (RFC 9112 §6.3).
+        // Transfer-Encoding overrides Content-Length (RFC 9112 §6.3).
         _ if said.coding != Coding::Absent && from != Version::HTTP_2 => None,
         Length::Absent => None,
         Length::One(length) | Length::Repeated(length) => Some(length),
         Length::Faulty => return Err(Fault::Length),
     };
     if is_bodiless(head, status) {
-        // RFC 9110 §8.6: neither has a length, not even one that there would have been.
+        // RFC 9110 §8.6: 1xx and 204 have no Content-Length.
         let length = length.filter(|_| !matches!(status, 100..=199 | 204));
         return Ok(Framed { read: Body::None, write: Body::None, length });
     }
@@ -81,20 +82,20 @@ pub fn frame(head: bool, status: u16, from: Version, said: &Said, to: Version) -
         _ if from == Version::HTTP_2 => return Err(Fault::Coding),
         (Coding::Plain, _) => Body::UntilEnd,
         (Coding::Chunked, _) => Body::Chunked,
-        // The client does not know of the coding, and would take the coded bytes for the plain ones.
+        // The client does not know of the coding and would read the coded bytes as content.
         (Coding::ChunkedUnclearly | Coding::Other, _) => return Err(Fault::Coding),
     };
     let write = match read {
         Body::None | Body::Length(_) => read,
         Body::Chunked | Body::UntilEnd if to == Version::HTTP_11 => Body::Chunked,
-        // HTTP/1.0 knows no chunks, and HTTP/2 has its own.
+        // HTTP/1.0 has no chunks, and HTTP/2 has its own framing.
         Body::Chunked | Body::UntilEnd => Body::UntilEnd,
     };
     Ok(Framed { read, write, length })
 }
 
 impl Framed {
-    /// The same for an answer that ends with its header: of a body whose length was not said it is known now.
+    /// The framing of a response that ended with its header. A body of unknown length now has length 0.
     pub fn ended(self) -> Framed {
         match self.write {
             Body::Chunked | Body::UntilEnd => Framed { write: Body::Length(0), length: Some(0), ..self },
@@ -102,23 +103,23 @@ impl Framed {
         }
     }
 
-    /// Whether the answer is whole once its header is here.
+    /// Whether the response is complete with its header.
     pub fn is_whole(&self) -> bool {
         matches!(self.read, Body::None | Body::Length(0))
     }
 
-    /// Has the header, which `said` this, say how the body leaves, and nothing else.
+    /// Sets the length fields of `header`, whose received fields were `said`, according to `write`.
     ///
     /// # Errors
     ///
-    /// None that can be met: the values are valid.
+    /// None in practice: the values are valid.
     pub fn apply(&self, said: &Said, header: &mut ResponseHeader) -> Result<()> {
         let says_length = match said.length {
             Length::Absent => None,
             Length::One(length) => Some(Some(length)),
             Length::Repeated(_) | Length::Faulty => Some(None),
         };
-        // Mostly it says so already, and costs nothing.
+        // Usually the header has this length already.
         match self.length {
             Some(length) if says_length != Some(Some(length)) => {
                 header.insert_header(header::CONTENT_LENGTH, length)?
@@ -147,7 +148,7 @@ mod tests {
     const V11: Version = Version::HTTP_11;
     const V2: Version = Version::HTTP_2;
 
-    /// How a body is framed, in a word: `-` there is none, a number its length, `chunked`, `end`.
+    /// The framing in a word: `-` for no body, a number for a length, `chunked`, `end`.
     fn word(body: Body) -> String {
         match body {
             Body::None => "-".to_owned(),
@@ -157,14 +158,14 @@ mod tests {
         }
     }
 
-    /// An answer: its version, its status and its fields (`l` a length, `c` a coding), and what becomes of it.
+    /// A response: its version, its status, its fields (`l` for a length, `c` for a coding), and the expected result.
     struct Row(Version, u16, &'static [(char, &'static str)], Expected);
 
     enum Expected {
-        /// To GET: how it comes, and how it leaves for clients of HTTP/1.0, HTTP/1.1 and HTTP/2. To HEAD: its
+        /// For GET: the framing as received, and as sent to clients of HTTP/1.0, HTTP/1.1 and HTTP/2. For HEAD: the
         /// `Content-Length`.
         Passes(&'static str, [&'static str; 3], Option<u64>),
-        /// A fault of both; or one of GET, where HEAD passes with this length.
+        /// A fault for GET and HEAD; `FaultyBody` is one for GET only, with this result for HEAD.
         Faulty(Fault),
         FaultyBody(Fault),
     }
@@ -179,7 +180,7 @@ mod tests {
 
     #[rustfmt::skip]
     const TABLE: &[Row] = &[
-        // A length.
+        // A valid length.
         Row(V11, 200, &[('l', "5")], Passes("5", FIVE, Some(5))),
         Row(V10, 200, &[('l', "5")], Passes("5", FIVE, Some(5))),
         Row(V2, 200, &[('l', "5")], Passes("5", FIVE, Some(5))),
@@ -194,7 +195,7 @@ mod tests {
         Row(V11, 205, &[('l', "0")], Passes("0", ZERO, Some(0))),
         Row(V11, 301, &[('l', "5")], Passes("5", FIVE, Some(5))),
         Row(V11, 999, &[('l', "5")], Passes("5", FIVE, Some(5))),
-        // No length that can be believed.
+        // An invalid length.
         Row(V11, 200, &[('l', "5, 6")], Faulty(BadLength)),
         Row(V11, 200, &[('l', "5"), ('l', "6")], Faulty(BadLength)),
         Row(V2, 200, &[('l', "5"), ('l', "6")], Faulty(BadLength)),
@@ -209,7 +210,7 @@ mod tests {
         Row(V11, 200, &[('l', "99999999999999999999")], Faulty(BadLength)),
         Row(V11, 204, &[('l', "5"), ('l', "6")], Faulty(BadLength)),
         Row(V11, 304, &[('l', "x")], Faulty(BadLength)),
-        // Nothing: the end of the connection, or of the stream.
+        // No field: the body ends with the connection or the stream.
         Row(V11, 200, &[], Passes("end", ANY, None)),
         Row(V10, 200, &[], Passes("end", ANY, None)),
         Row(V2, 200, &[], Passes("end", ANY, None)),
@@ -228,7 +229,7 @@ mod tests {
         Row(V11, 205, &[('c', "chunked")], Passes("chunked", ANY, None)),
         Row(V11, 200, &[('c', "chunked"), ('l', "5")], Passes("chunked", ANY, None)),
         Row(V11, 200, &[('l', "5, 6"), ('c', "chunked")], Passes("chunked", ANY, None)),
-        // Codings that are none.
+        // Values that name no coding.
         Row(V11, 200, &[('c', "")], Passes("end", ANY, None)),
         Row(V11, 200, &[('c', ",")], Passes("end", ANY, None)),
         Row(V11, 200, &[('c', "identity")], Passes("end", ANY, None)),
@@ -236,7 +237,7 @@ mod tests {
         Row(V10, 200, &[('c', "identity")], Passes("end", ANY, None)),
         Row(V11, 200, &[('c', "identity"), ('l', "5")], Passes("end", ANY, None)),
         Row(V11, 200, &[('c', "identity"), ('c', "")], Passes("end", ANY, None)),
-        // Codings that no client asked for, and chunks of which it is not clear whether they are any.
+        // Codings that the client did not request, and unclear chunks.
         Row(V11, 200, &[('c', "gzip")], FaultyBody(BadCoding)),
         Row(V11, 200, &[('c', "gzip, chunked")], FaultyBody(BadCoding)),
         Row(V11, 200, &[('c', "gzip"), ('c', "chunked")], FaultyBody(BadCoding)),
@@ -255,7 +256,7 @@ mod tests {
         Row(V10, 200, &[('c', "deflate")], FaultyBody(BadCoding)),
         Row(V2, 200, &[('c', "chunked")], FaultyBody(BadCoding)),
         Row(V2, 200, &[('c', "identity")], FaultyBody(BadCoding)),
-        // No body, whatever is said.
+        // No body, whatever the fields announce.
         Row(V11, 204, &[], Passes("-", NO, None)),
         Row(V11, 204, &[('l', "5")], Passes("-", NO, None)),
         Row(V11, 204, &[('l', "0")], Passes("-", NO, None)),
@@ -350,7 +351,7 @@ mod tests {
                             assert_eq!(lengths, Vec::from_iter(framed.length), "{case}");
                         }
                     }
-                    // What leaves is read in one way only, and as it was meant.
+                    // The sent header has one reading only, the intended one.
                     let said = Said::of(&header.headers);
                     let over = if row.1 == 101 { V11 } else { to };
                     let again = frame(head, row.1, over, &said, to).expect(&case);

@@ -1,8 +1,8 @@
-//! Follows a chunked body by the grammar of RFC 9112 §7.1, byte for byte, and finds its end.
+//! Parses a chunked body by the grammar of RFC 9112 §7.1, byte by byte, and finds its end.
 //!
-//! It decides which bytes belong to the body, so that its reader sees no byte of the next message. Everything that the
-//! grammar does not allow is an error: bare line feeds, signs, white space in the wrong place, extensions that are not
-//! a token with a token or a quoted string. A lenient reader beside a strict one is how requests are smuggled.
+//! The parser decides which bytes belong to the body, so that a reader receives no byte of the next message. Everything
+//! outside the grammar is an error: bare line feeds, signs, misplaced white space, and extensions that are not a token
+//! with an optional token or quoted string. A lenient reader next to a strict one allows request smuggling.
 //!
 //! ```text
 //! chunk     = chunk-size [ chunk-ext ] CRLF chunk-data CRLF
@@ -13,27 +13,27 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{is_token, trim};
 
-/// Bytes of chunk extensions that a body may be ahead of its data, and bytes that its trailer section may have.
+/// Maximum number of bytes of chunk extensions in excess of the body's allowance, and of the trailer section.
 const EXTRA_BYTES_MAX: usize = 16 * 1024;
 
-/// Bytes of extensions that each chunk pays for, besides two for each byte of its data: a sender that signs each chunk
-/// may send as many as it likes, and one that sends nothing but extensions may not.
+/// Allowance for extensions per chunk, in bytes, in addition to two per byte of data. A sender may therefore sign any
+/// number of chunks, but may not send mostly extensions.
 const EXTRA_BYTES_PER_CHUNK: usize = 16;
 
-/// Digits of a size; fifteen are 2⁶⁰ bytes and enough.
+/// Maximum number of digits of a chunk size; fifteen allow 2⁶⁰ bytes.
 const DIGITS_MAX: u8 = 15;
 
-/// The body is not framed as RFC 9112 §7.1 says, or has too many bytes that are not data.
+/// The body violates RFC 9112 §7.1, or has too many bytes that are not data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 
-/// To which part of a chunked body the next byte belongs.
+/// The parser's state: the part of a chunked body that the next byte belongs to.
 #[derive(Clone, Debug)]
 pub struct Chunks {
     at: At,
     left: u64,
     extra: usize,
-    /// The lines of the trailer section so far.
+    /// The lines of the trailer section received so far.
     trailers: Vec<u8>,
 }
 
@@ -41,20 +41,20 @@ pub struct Chunks {
 enum At {
     FirstDigit,
     Digits(u8),
-    /// White space that only a further extension may follow.
+    /// White space that only another extension may follow.
     BeforeExtension,
-    /// Behind the semicolon.
+    /// After the semicolon.
     ExtensionStart,
     ExtensionName,
-    /// White space behind a name: an equals sign or a further extension follows.
+    /// White space after a name; an equals sign or another extension follows.
     BeforeEquals,
-    /// Behind the equals sign.
+    /// After the equals sign.
     ValueStart,
     ValueToken,
     Quoted,
-    /// Behind a backslash in a quoted string.
+    /// After a backslash in a quoted string.
     QuotedPair,
-    /// Behind the closing quote.
+    /// After the closing quote.
     ValueEnd,
     SizeLf,
     Data,
@@ -75,17 +75,17 @@ impl Default for Chunks {
 }
 
 impl Chunks {
-    /// Whether the last byte of the body has passed.
+    /// Whether the body is complete.
     pub fn ended(&self) -> bool {
         self.at == At::End
     }
 
-    /// Whether the next byte begins a chunk, perhaps the last one.
+    /// Whether the next byte begins a chunk, which can be the last one.
     pub fn is_between(&self) -> bool {
         self.at == At::FirstDigit
     }
 
-    /// The fields that followed the last chunk (RFC 9112 §7.1.2), once.
+    /// Takes the trailers (RFC 9112 §7.1.2). A second call returns an empty map.
     pub fn take_trailers(&mut self) -> HeaderMap {
         let mut fields = HeaderMap::new();
         for line in std::mem::take(&mut self.trailers).split(|&byte| byte == b'\n') {
@@ -94,18 +94,18 @@ impl Chunks {
             let (name, value) =
                 (HeaderName::from_bytes(&line[..colon]), HeaderValue::from_bytes(trim(&line[colon + 1..])));
             if let (Ok(name), Ok(value)) = (name, value) {
-                // Their bytes are limited, so that there cannot be too many.
+                // The limit on their bytes also limits their number, so this cannot fail.
                 let _ = fields.try_append(name, value);
             }
         }
         fields
     }
 
-    /// Takes `bytes` as they follow; tells how many of them belong to this body.
+    /// Parses the next `bytes`. Returns how many of them belong to this body.
     ///
     /// # Errors
     ///
-    /// They do not follow the grammar.
+    /// If the bytes violate the grammar.
     pub fn take(&mut self, bytes: &[u8]) -> Result<usize, Malformed> {
         let mut taken = 0;
         while taken < bytes.len() && !self.ended() {
@@ -119,12 +119,12 @@ impl Chunks {
         Ok(taken)
     }
 
-    /// Takes `bytes` as they follow, and moves the data among them to the front. Tells how many of them belong to this
-    /// body, and how much of that is data; between the two nothing is left.
+    /// Parses the next `bytes` and moves the data to the front. Returns how many of the bytes belong to this body, and
+    /// the length of the data. The bytes between the two are garbage.
     ///
     /// # Errors
     ///
-    /// They do not follow the grammar.
+    /// If the bytes violate the grammar.
     pub fn unwrap(&mut self, bytes: &mut [u8]) -> Result<(usize, usize), Malformed> {
         let (mut taken, mut data) = (0, 0);
         while taken < bytes.len() && !self.ended() {
@@ -143,7 +143,8 @@ impl Chunks {
         Ok((taken, data))
     }
 
-    /// Takes as much of the present chunk as there is; says how much that was.
+    /// Consumes data of the current chunk; `there` is the number of available bytes. Returns the number of bytes
+    /// consumed.
     fn data(&mut self, there: usize) -> usize {
         let some = self.left.min(there as u64);
         self.left -= some;
@@ -194,7 +195,7 @@ impl Chunks {
         Ok(())
     }
 
-    /// The size of a chunk is known: its data follows, or the trailer section behind the last one.
+    /// Called after the size line of a chunk: data follows, or the trailer section after the last chunk.
     fn begin(&mut self) -> At {
         if self.left == 0 {
             self.extra = 0;
@@ -204,7 +205,7 @@ impl Chunks {
         At::Data
     }
 
-    /// One hexadecimal digit of a chunk's size.
+    /// Parses one hexadecimal digit of a chunk's size.
     fn digit(&mut self, byte: u8, count: u8) -> Result<At, Malformed> {
         let digit = char::from(byte).to_digit(16).ok_or(Malformed)?;
         if count > DIGITS_MAX {
@@ -356,7 +357,7 @@ mod tests {
                 let body = format!("{line}{end}");
                 assert_eq!(end_of(body.as_bytes()), Err(Malformed), "{body:?}");
             }
-            // The last chunk is no exception.
+            // The same rules apply to the last chunk.
             let last = format!("{}\r\n\r\n", line.replacen('3', "0", 1));
             assert_eq!(end_of(last.as_bytes()), Err(Malformed), "{last:?}");
         }
@@ -402,7 +403,7 @@ mod tests {
             let body = chunk.repeat(count) + "0\r\n\r\n";
             end_of(body.as_bytes()).map(|end| end == Some(body.len()))
         };
-        // A sender that signs its chunks, however many they are; and one that has little else to say.
+        // A sender that signs each chunk, and one that sends mostly extensions.
         assert_eq!(many(1_000, 90, 64), Ok(true));
         assert_eq!(many(1_000, 90, 1), Err(Malformed));
         let trailers = format!("1;{}\r\nd\r\n0\r\nT: {}\r\n\r\n", "x".repeat(16_000), "y".repeat(16_000));

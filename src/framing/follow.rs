@@ -1,9 +1,9 @@
-//! Follows the messages on a connection to an endpoint of HTTP/1, byte for byte, beside the library that reads and
+//! Follows the messages on a connection to an HTTP/1 endpoint, byte by byte, in parallel to the library that reads and
 //! writes them.
 //!
-//! Pingora passes over the trailers of an answer, ends the chunks of a request without any, and reads chunks less
-//! strictly than RFC 9112 §7.1. So these types see the same bytes: [`Answer`] checks the chunks of an answer and keeps
-//! its trailers, [`Request`] finds the place where those of a request belong.
+//! Pingora discards the trailers of a response, ends a chunked request without trailers, and parses chunks less
+//! strictly than RFC 9112 §7.1. The types here see the same bytes: [`Answer`] checks the chunks of a response and keeps
+//! its trailers, and [`Request`] finds the position for the trailers of a request.
 
 use http::{HeaderMap, Version};
 
@@ -13,11 +13,11 @@ use super::{Body, Said, answer};
 /// The last chunk of a body without trailers.
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
-/// The library's limits for a header: it fails with one that is larger.
+/// Pingora's limits for a header. It refuses a larger one.
 const FIELDS_MAX: usize = 256;
 const HEADER_BYTES_MAX: usize = 1 << 20;
 
-/// An answer on its way in.
+/// The follower of received responses.
 #[derive(Debug, Default)]
 pub struct Answer {
     at: At,
@@ -26,27 +26,27 @@ pub struct Answer {
 
 #[derive(Debug, Default)]
 enum At {
-    /// Nothing is expected, or nothing that is of interest.
+    /// No response is expected, or the rest of it is irrelevant.
     #[default]
     Elsewhere,
-    /// In a header, of which this has come. It is empty as a rule: most headers come at once.
+    /// In a header, with the bytes received so far. Usually empty, since most headers arrive in one read.
     Header(Vec<u8>),
     Chunks(Chunks),
-    /// Behind a 101, by this number of bytes.
+    /// After a 101, with the number of bytes since.
     Tunnel(u64),
 }
 
 impl Answer {
-    /// An answer comes next. `head_only`: the request has the method HEAD.
+    /// Starts the next response. `head_only`: the request method is HEAD.
     pub fn begin(&mut self, head_only: bool) {
         *self = Answer { at: At::Header(Vec::new()), head_only };
     }
 
-    /// Takes bytes as they come.
+    /// Processes received bytes.
     ///
     /// # Errors
     ///
-    /// The body is in chunks that do not follow the grammar.
+    /// If the body is chunked and violates the grammar.
     pub fn take(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
         match &mut self.at {
             At::Elsewhere => Ok(()),
@@ -64,12 +64,12 @@ impl Answer {
         }
     }
 
-    /// Takes headers from their first byte: interim ones, and the final one with the beginning of its body.
+    /// Processes headers from their first byte: interim headers, and the final one with the first bytes of its body.
     fn take_header(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
         loop {
             let next = match header(bytes, self.head_only) {
                 Read::Part if bytes.len() <= HEADER_BYTES_MAX => At::Header(bytes.to_vec()),
-                // The library has the same opinion of it, and the last word.
+                // Pingora parses the header by the same rules and reports the error.
                 Read::Part | Read::Nothing => At::Elsewhere,
                 Read::Interim(end) => {
                     bytes = &bytes[end..];
@@ -87,17 +87,17 @@ impl Answer {
         }
     }
 
-    /// Bytes that have come behind a 101.
+    /// Number of bytes received after a 101.
     pub fn tunneled(&self) -> u64 {
         if let At::Tunnel(passed) = self.at { passed } else { 0 }
     }
 
-    /// Whether its body comes in chunks, as far as its header is here.
+    /// Whether the body is chunked. `false` until the header is complete.
     pub fn is_chunked(&self) -> bool {
         matches!(self.at, At::Chunks(_))
     }
 
-    /// The trailers of an answer that is here whole, once.
+    /// Takes the trailers of a complete response. A second call returns `None`.
     pub fn take_trailers(&mut self) -> Option<HeaderMap> {
         match &mut self.at {
             At::Chunks(chunks) if chunks.ended() => Some(chunks.take_trailers()).filter(|fields| !fields.is_empty()),
@@ -106,19 +106,19 @@ impl Answer {
     }
 }
 
-/// What bytes that begin with a header are, and where it ends.
+/// The result of parsing a header, with the header's length.
 enum Read {
     Part,
     Interim(usize),
     /// The header of a 101.
     Switch(usize),
-    /// The header of an answer whose body is in chunks.
+    /// The header of a response with a chunked body.
     Chunked(usize),
     /// Anything else.
     Nothing,
 }
 
-/// Reads a header as the library does, by the same parser with the same settings.
+/// Parses a header with Pingora's parser and its settings.
 fn header(bytes: &[u8], head_only: bool) -> Read {
     let mut parser = httparse::ParserConfig::default();
     parser.allow_spaces_after_header_name_in_responses(true);
@@ -149,7 +149,7 @@ fn header(bytes: &[u8], head_only: bool) -> Read {
     }
 }
 
-/// A request on its way out.
+/// The follower of sent requests.
 #[derive(Debug, Default)]
 pub struct Request {
     at: Out,
@@ -157,7 +157,7 @@ pub struct Request {
 
 #[derive(Debug, Default)]
 enum Out {
-    /// There is no place for trailers, or it is past.
+    /// Trailers are impossible, or their position has passed.
     #[default]
     Elsewhere,
     Header(HeaderEnd),
@@ -166,12 +166,12 @@ enum Out {
 
 const HEADER_END: &[u8] = b"\r\n\r\n";
 
-/// Finds the end of a header that leaves in pieces: the number of bytes of the empty line at its end that have passed.
+/// Finds the end of a header that is sent in pieces. The number counts the matched bytes of `HEADER_END`.
 #[derive(Debug, Default)]
 pub struct HeaderEnd(usize);
 
 impl HeaderEnd {
-    /// Tells how many of these bytes belong to the header: all of them until its end was found, and none behind it.
+    /// Returns how many of `bytes` belong to the header: none once the end was found.
     pub fn take(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
         while taken < bytes.len() && !self.is_found() {
@@ -192,12 +192,12 @@ impl HeaderEnd {
 }
 
 impl Request {
-    /// A request goes out next; whether its body is in chunks.
+    /// Starts the next request. `in_chunks`: its body is chunked.
     pub fn begin(&mut self, in_chunks: bool) {
         self.at = if in_chunks { Out::Header(HeaderEnd::default()) } else { Out::Elsewhere };
     }
 
-    /// Takes bytes that have left.
+    /// Processes bytes that were sent.
     pub fn take(&mut self, mut bytes: &[u8]) {
         if let Out::Header(end) = &mut self.at {
             let taken = end.take(bytes);
@@ -214,12 +214,12 @@ impl Request {
         }
     }
 
-    /// Whether these bytes, which are to leave next, are the last chunk: trailers belong into it.
+    /// Whether `next`, the bytes to send next, is the last chunk, which trailers have to follow.
     pub fn ends_with(&self, next: &[u8]) -> bool {
         next == LAST_CHUNK && matches!(&self.at, Out::Chunks(chunks) if chunks.is_between())
     }
 
-    /// Another last chunk has left.
+    /// Reports that another last chunk, with trailers, was sent.
     pub fn ended(&mut self) {
         self.at = Out::Elsewhere;
     }
@@ -229,7 +229,7 @@ impl Request {
 mod tests {
     use super::*;
 
-    /// What is found in these bytes if they come in pieces of `cut`: whether the answer is in chunks, and its trailers.
+    /// Parses `bytes` in pieces of `cut` bytes. Returns whether the response is chunked, and its trailers.
     fn found(bytes: &[u8], cut: usize, head_only: bool) -> Result<(bool, Vec<String>), Malformed> {
         let mut answer = Answer::default();
         answer.begin(head_only);
@@ -322,7 +322,7 @@ mod tests {
 
     #[test]
     fn the_last_chunk_of_a_request_is_found_and_nothing_that_looks_like_it() {
-        // Data that looks like it, and a value of the header that does.
+        // A header value and data that look like the last chunk.
         let head = b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nX: 0\r\n\r\n";
         let data = b"5\r\n0\r\n\r\n\r\n";
         for cut in 1..=head.len() {

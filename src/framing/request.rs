@@ -1,4 +1,4 @@
-//! How the body of a request is marked off: by one reading, or not at all.
+//! The framing of request bodies. A request with several readings is refused.
 
 use http::{HeaderValue, Version, header};
 use pingora::http::RequestHeader;
@@ -6,11 +6,11 @@ use pingora::http::RequestHeader;
 use super::{Body, Coding, Length, Said};
 use crate::error::{Refusal, refusal};
 
-/// How the body of a request is marked off whose header says this (RFC 9112 §6.3, RFC 9113 §8.1.1).
+/// Determines the framing of a request body from its length fields (RFC 9112 §6.3, RFC 9113 §8.1.1).
 ///
-/// Where the RFC leaves a choice, this makes the stricter one, since the endpoint may have made the other: a length
-/// that is said twice, a length beside a coding, and any coding in HTTP/1.0 are refused. On HTTP/2 the body ends with
-/// its stream, and a length is a promise.
+/// Where the RFC leaves a choice, this function makes the stricter one, since the endpoint may make the other. It
+/// refuses a repeated length, a length next to a coding, and any coding in HTTP/1.0. On HTTP/2 the body ends with its
+/// stream, and a `Content-Length` only announces the length.
 ///
 /// # Errors
 ///
@@ -30,11 +30,11 @@ pub fn read(version: Version, said: &Said) -> Result<Body, &'static Refusal> {
     }
 }
 
-/// How a request is framed that is sent on over this version: `held` is the length of a body that is here whole, `body`
-/// how it was framed when it came.
+/// The framing of a forwarded request. `version`: the version of the connection to the endpoint; `held`: the length of
+/// a body that is completely buffered; `body`: the framing as received.
 pub fn send(version: Version, held: Option<u64>, body: Body) -> Body {
     match (held, body) {
-        // What the client said of it does not count any more.
+        // The buffered length replaces the client's length fields.
         (Some(length), _) => Body::Length(length),
         (None, Body::Chunked | Body::UntilEnd) if version == Version::HTTP_2 => Body::UntilEnd,
         (None, Body::Chunked | Body::UntilEnd) => Body::Chunked,
@@ -42,11 +42,11 @@ pub fn send(version: Version, held: Option<u64>, body: Body) -> Body {
     }
 }
 
-/// Has the header of a request that is sent on say how its body is framed, and nothing else.
+/// Sets the length fields of a forwarded request according to `body`.
 ///
 /// # Errors
 ///
-/// None that can be met: the values are valid.
+/// None in practice: the values are valid.
 pub fn apply(body: Body, header: &mut RequestHeader) -> Result<(), Box<pingora::Error>> {
     match body {
         Body::Length(length) => header.insert_header(header::CONTENT_LENGTH, length)?,
@@ -72,7 +72,7 @@ mod tests {
         said
     }
 
-    /// What is found in HTTP/1.0, HTTP/1.1 and HTTP/2.
+    /// The results for HTTP/1.0, HTTP/1.1 and HTTP/2.
     fn found(lengths: &[&str], codings: &[&str]) -> [Result<Body, &'static str>; 3] {
         [Version::HTTP_10, Version::HTTP_11, Version::HTTP_2]
             .map(|version| read(version, &said(lengths, codings)).map_err(|refusal| refusal.reason))
@@ -148,7 +148,7 @@ mod tests {
                 header.append_header(name, value).expect("a field");
             }
             apply(over_h1, &mut header).expect("valid values");
-            // One that comes like this is read as it was meant, and a body that is not there is not waited for.
+            // `read` must understand the header as intended. Without a body, the endpoint must not wait for one.
             assert_eq!(read(h1, &Said::of(&header.headers)), Ok(over_h1));
         }
     }

@@ -1,42 +1,42 @@
-//! When an endpoint has been waited for for too long: the clocks of an attempt, as a pure function.
+//! The time limits of an attempt, as a pure function.
 //!
-//! A clock of the endpoint runs only while the endpoint is what is waited for. So neither a client that sends or reads
-//! slowly, nor a disk that hangs, nor a turn that the gateway grants late, can use up an endpoint's time. Nor can the
-//! time for which the gateway's worker was stalled or its process suspended ([`Waits::note_lag`]).
+//! A clock of the endpoint runs only while the exchange waits for the endpoint. As a result, neither a slow client, nor
+//! a slow disk, nor a turn that the gateway grants late can use up an endpoint's time. The same is true for time in
+//! which the gateway's worker was stalled or its process suspended ([`Waits::note_lag`]).
 
 use std::time::{Duration, Instant};
 
 use super::{Fault, Party, Waits, What};
 use crate::phase::Phase;
 
-/// A party that has kept an endpoint waiting for longer than this, all waits of the attempt together, may be why the
-/// endpoint gave up.
+/// If a party delayed an endpoint for longer than this, over all waits of the attempt, the delay may be the reason for
+/// the endpoint's failure.
 pub const DAWDLING: Duration = Duration::from_secs(1);
 
-/// An endpoint that was waited for for this share of an exchange's deadline is at fault when the deadline passes. The
-/// rest is what the gateway itself takes; with less, other parties had a part in it.
+/// The endpoint is at fault for a missed deadline if the exchange waited for it during this share of the deadline. The
+/// rest is the gateway's own overhead. Below this share, other parties contributed to the delay.
 const OF_DEADLINE: f64 = 0.9;
 
-/// How an attempt proceeds, as far as its clocks are concerned.
+/// The stage of an attempt, as far as its clocks are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stage {
-    /// There is no connection to an endpoint.
+    /// No connection to an endpoint.
     Unconnected,
-    /// A connection to an endpoint is being made.
+    /// The connection to an endpoint is being opened.
     Connecting,
-    /// The request is passed on.
+    /// The request is being forwarded.
     Sending,
-    /// The request is out as a whole; the response header is due.
+    /// The request was sent completely; the response header is due.
     Waiting,
-    /// The response comes.
+    /// The response is being received.
     Receiving,
-    /// The response is here as a whole.
+    /// The response was received completely.
     Done,
 }
 
 impl Stage {
-    /// All of them; each is at the place of its number.
+    /// All stages, indexed by their number.
     pub const ALL: [Stage; 6] =
         [Stage::Unconnected, Stage::Connecting, Stage::Sending, Stage::Waiting, Stage::Receiving, Stage::Done];
 
@@ -52,10 +52,10 @@ impl Stage {
     }
 }
 
-/// For how long an endpoint may do nothing.
+/// The maximum times for an endpoint without progress.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
-    /// Between two pieces of the request that it takes.
+    /// Between two accepted pieces of the request.
     pub send: Duration,
     /// From the request's end to the end of the response header.
     pub wait: Duration,
@@ -63,31 +63,31 @@ pub struct Patience {
     pub receive: Duration,
 }
 
-/// When the exchange as a whole is to be over.
+/// The deadline of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadline {
-    /// That moment.
+    /// The time when it passes.
     pub due: Instant,
-    /// The time that there was from the beginning.
+    /// The total time from the beginning.
     pub length: Duration,
-    /// The client asked for it: it does not say how fast an endpoint has to be.
+    /// Whether the client requested it. If so, missing it does not prove that the endpoint is slow.
     pub is_clients: bool,
 }
 
-/// All limits of an attempt whose connection is there.
+/// All limits of an attempt with an open connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// For a single wait.
+    /// For each wait.
     pub patience: Patience,
-    /// For all waits for the endpoint until its response header is here, the connection included.
+    /// For all waits for the endpoint until the response header was received, including the connection setup.
     pub attempt: Option<Duration>,
     /// For the exchange.
     pub deadline: Option<Deadline>,
 }
 
 impl Bounds {
-    /// When the present wait will be over the first of its limits, and which fault that is. `whole`: all of the request
-    /// was passed on. `None`: nothing is limited here; the client's own clocks are elsewhere.
+    /// When the present wait exceeds the first of its limits, and the resulting fault. `whole`: the request was
+    /// forwarded completely. `None`: no limit applies here; the client's clocks are elsewhere.
     pub fn due(&self, stage: Stage, whole: bool, waits: &Waits) -> Option<(Instant, Fault)> {
         let silence = self.silence(stage, whole, waits);
         let connected = matches!(stage, Stage::Sending | Stage::Waiting | Stage::Receiving);
@@ -101,7 +101,7 @@ impl Bounds {
         let patience = match stage {
             Stage::Sending => self.patience.send,
             Stage::Waiting => self.patience.wait,
-            // As long as the client sends on, the endpoint may be waiting for what comes next.
+            // While the client still sends, the endpoint may be waiting for the rest of the request.
             Stage::Receiving if whole => self.patience.receive,
             Stage::Receiving | Stage::Unconnected | Stage::Connecting | Stage::Done => return None,
         };
@@ -113,7 +113,7 @@ impl Bounds {
 }
 
 impl Deadline {
-    /// The fault if the deadline passes in the present wait, which is in this phase.
+    /// The fault if the deadline passes in the present wait, which belongs to `phase`.
     pub fn fault(&self, phase: Phase, waits: &Waits) -> Fault {
         let of_endpoint = waits.spent(Party::Endpoint, self.due) >= self.length.mul_f64(OF_DEADLINE);
         let party = match waits.party() {
@@ -126,22 +126,22 @@ impl Deadline {
     }
 }
 
-/// Looks again before it finds that a limit is exceeded.
+/// Checks again before it reports an exceeded limit.
 ///
-/// A clock that has run out proves nothing if it was the gateway that came late: what was waited for may be here by
-/// then, in a socket or with another task. So after the first look there are two more, each after a timer of its own,
-/// and with it after a turn of the event loop in which sockets are read: in the first one the connection hands over
-/// what came, in the second one the exchange takes it.
+/// An expired clock proves nothing if the gateway itself was late: the awaited event may already be in a socket or with
+/// another task. After the first check, there are therefore two more. Each has its own timer, so that the event loop
+/// reads the sockets in between. In the first turn the connection hands over what it received; in the second turn the
+/// exchange takes it.
 #[derive(Debug, Default)]
 pub struct Look {
-    /// Looks that there were, the due time that they were for, and when the next one is.
+    /// The due time that the checks belong to, their number, and the time of the next check.
     before: Option<(Instant, u8, Instant)>,
 }
 
-/// What a look came to.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// It is to be looked again at this time.
+    /// Check again at this time.
     Again(Instant),
     /// The limit is exceeded.
     Over,
@@ -149,16 +149,16 @@ pub enum Seen {
 
 impl Look {
     const LOOKS: u8 = 2;
-    /// The finest that timers are.
+    /// The resolution of timers.
     const PAUSE: Duration = Duration::from_millis(1);
 
-    /// When the next look is at a wait that is to be over when it is `due`. As soon as something else is waited for,
-    /// `due` is another time, and everything begins anew.
+    /// The time of the next check of a wait that is due at `due`. Another `due` belongs to another wait, and the checks
+    /// start over.
     pub fn next(&self, due: Instant) -> Instant {
         self.before.filter(|before| before.0 == due).map_or(due, |(_, _, next)| next)
     }
 
-    /// Looks at it `now`.
+    /// Checks at `now`.
     pub fn at(&mut self, due: Instant, now: Instant) -> Seen {
         let (_, looks, next) = self.before.filter(|before| before.0 == due).unwrap_or((due, 0, due));
         if now < next {
@@ -188,7 +188,7 @@ mod tests {
         Duration::from_millis(millis)
     }
 
-    /// An attempt whose endpoint is waited for from the beginning, and its beginning.
+    /// An attempt that waits for its endpoint from the beginning, and the time when it began.
     fn attempt() -> (Waits, Instant) {
         let began = Instant::now();
         let waits = Waits::new(began);
@@ -196,7 +196,7 @@ mod tests {
         (waits, began)
     }
 
-    /// After how many milliseconds it is due, and what that is.
+    /// After how many milliseconds the attempt is due, and the fault.
     fn due(bounds: &Bounds, stage: Stage, whole: bool, waits: &Waits, began: Instant) -> Option<(u128, Fault)> {
         bounds.due(stage, whole, waits).map(|(due, fault)| (due.duration_since(began).as_millis(), fault))
     }

@@ -1,8 +1,8 @@
-//! The one way to wait: for something, no longer than until a deadline, and only while the client is there.
+//! The common way to wait: for an event, until a deadline, and only while the client is connected.
 //!
-//! A [`Wait`] cannot be made without a deadline and an [`Eye`] on the client. A wait that has no client, such as that
-//! of a health check, says so by the name of its [`NoClient`]. Which of the three comes first is one pure decision
-//! ([`Ended::of`]); the rest is a timer. A test (`tests/it/waits.rs`) looks for waits in the source that go round this.
+//! A [`Wait`] requires a deadline and an [`Eye`] on the client. A wait without a client, such as that of a health
+//! check, gives the reason as a [`NoClient`]. Which of the three comes first is one pure decision ([`Ended::of`]); the
+//! rest is a timer. A test (`tests/it/waits.rs`) looks for waits in the source that do not use this module.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -14,15 +14,15 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, Id};
 use tokio::time::Sleep;
 
-/// Longer than anything is waited for that has no limit in the configuration.
+/// An upper bound for waits without a limit in the configuration.
 pub const FAR: Duration = Duration::from_secs(24 * 3600);
 
-/// Notices when the client that waits has left.
+/// Detects when the client of a wait has left.
 pub trait Eye {
-    /// What is seen when there is not.
+    /// The result once the client has left.
     type Left;
 
-    /// Ready once the client has left, or the exchange is to end for another reason. Wakes the task then.
+    /// Ready once the client has left, or the exchange must end for another reason. Wakes the task then.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Self::Left>;
 }
 
@@ -34,24 +34,24 @@ impl<E: Eye> Eye for &mut E {
     }
 }
 
-/// Why a wait has no client to look after.
+/// The reason why a wait has no client to watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoClient {
-    /// The gateway asks an endpoint how it is.
+    /// The gateway checks an endpoint's health.
     HealthCheck,
-    /// The gateway asks where endpoints are.
+    /// The gateway resolves endpoints.
     Discovery,
-    /// The gateway asks an issuer for a certificate.
+    /// The gateway requests a certificate from an issuer.
     Issuer,
-    /// The gateway sends what it has recorded to a collector.
+    /// The gateway exports records to a collector.
     Export,
-    /// A copy for a mirror: the client of the original has its answer from elsewhere.
+    /// A copy for a mirror: the client receives the response to the original.
     Mirror,
-    /// It is a part of another wait, which has the eye and drops this one.
+    /// The wait is part of another wait, which watches the client and drops this one.
     Within,
-    /// An operator asks, and is cut off by this deadline alone.
+    /// An operator's request, which only its deadline cancels.
     Operator,
-    /// It is the client that is read from or written to, which finds out by itself.
+    /// IO with the client itself, which reports when the client has left.
     ItsIo,
 }
 
@@ -63,20 +63,21 @@ impl Eye for NoClient {
     }
 }
 
-/// How a wait ended.
+/// The outcome of a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended<T, L = Infallible> {
-    /// What was waited for is here.
+    /// The awaited event happened.
     Done(T),
     /// The client has left.
     Left(L),
-    /// The deadline is over.
+    /// The deadline has passed.
     Late,
 }
 
 impl<T, L> Ended<T, L> {
-    /// How a wait ends that has come to this; `None`: it goes on. What is here counts even if the client has left or
-    /// the deadline is over: somebody may have taken it already. A client that has left is not told that it is late.
+    /// The outcome of a wait in this state. `None`: the wait continues. A result takes precedence, even if the client
+    /// has left or the deadline has passed, since it may be consumed already. A client that has left takes precedence
+    /// over the deadline.
     pub fn of(done: Poll<T>, left: Poll<L>, late: bool) -> Option<Self> {
         match (done, left) {
             (Poll::Ready(done), _) => Some(Ended::Done(done)),
@@ -87,7 +88,7 @@ impl<T, L> Ended<T, L> {
 }
 
 impl<T> Ended<T> {
-    /// What was waited for, if it came in time.
+    /// The result, if it was in time.
     pub fn in_time(self) -> Option<T> {
         match self {
             Ended::Done(done) => Some(done),
@@ -96,15 +97,15 @@ impl<T> Ended<T> {
     }
 }
 
-/// When a wait is over at the latest.
+/// The deadline of a wait.
 #[derive(Clone, Copy)]
 enum Due {
     At(Instant),
-    /// So long after it is first found that there is something to wait for: most of the time there is not.
+    /// This time after the first poll that is pending; most waits are ready at once and need no clock.
     After(Duration),
 }
 
-/// See the module.
+/// A wait; see the module.
 pub struct Wait<E> {
     due: Due,
     eye: E,
@@ -112,17 +113,17 @@ pub struct Wait<E> {
 }
 
 impl<E: Eye> Wait<E> {
-    /// Waits until `due` at most, for as long as `eye` sees somebody.
+    /// Waits until `due` at most, and as long as `eye` sees the client.
     pub fn until(due: Instant, eye: E) -> Self {
         Wait { due: Due::At(due), eye, timer: Timer::default() }
     }
 
-    /// Waits for so long at most, from the first look on that finds nothing.
+    /// Waits for `time` at most, measured from the first pending poll.
     pub fn at_most(time: Duration, eye: E) -> Self {
         Wait { due: Due::After(time.min(FAR)), eye, timer: Timer::default() }
     }
 
-    /// Looks at what is waited for, which was just polled, and then at the client and the clock.
+    /// Checks `done`, the result of a poll of the awaited event, and then the client and the clock.
     pub fn poll<T>(&mut self, cx: &mut Context<'_>, done: Poll<T>) -> Poll<Ended<T, E::Left>> {
         if done.is_ready() {
             return Ended::of(done, Poll::Pending, false).map_or(Poll::Pending, Poll::Ready);
@@ -147,7 +148,7 @@ impl<E: Eye> Wait<E> {
         .await
     }
 
-    /// Waits for the deadline alone. `Some`: the client has left.
+    /// Waits for the deadline only. `Some`: the client has left.
     pub async fn out(&mut self) -> Option<E::Left> {
         match self.on(std::future::pending::<Infallible>()).await {
             Ended::Left(left) => Some(left),
@@ -156,17 +157,17 @@ impl<E: Eye> Wait<E> {
     }
 }
 
-/// Waits for `future` for at most this time, where no client waits; `None`: it took longer.
+/// Waits for `future` for `time` at most, without a client. `None`: the time is over.
 pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> Option<F::Output> {
     Wait::at_most(time, reason).on(future).await.in_time()
 }
 
-/// A deadline that may move. Costs nothing until it is first polled.
+/// A deadline that may move. It costs nothing before its first poll.
 ///
-/// Most deadlines are far off and never met, and each exchange has several. To set a timer of the runtime for each
-/// would cost more than the rest of a wait. So a timer that is set is kept when its deadline is no longer of interest,
-/// and the next deadline on this thread takes it over. It is set anew only if it would ring too late, or once it rings.
-/// So it may wake its task early; then it is to be polled again, as after each wake.
+/// Most deadlines are distant and never reached, and each exchange has several. Setting a timer of the runtime for each
+/// would cost more than the rest of a wait. Therefore, when a deadline is dropped, its timer stays set, and the next
+/// deadline on the same thread takes it over. The timer is reset only if it would fire too late, or once it fires. Its
+/// task may therefore be woken early, and then polls the deadline again, as after every wake-up.
 #[derive(Default)]
 pub struct Timer(Option<Set>);
 
@@ -176,17 +177,17 @@ struct Set {
     sleep: Pin<Box<Sleep>>,
 }
 
-/// How many timers a thread keeps to be taken over. Each keeps the memory of the task that has polled it last, and may
-/// wake that once in vain.
+/// Maximum number of spare timers per thread. Each keeps the memory of the task that last polled it, and may cause one
+/// spurious wake-up of that task.
 const SPARE_MAX: usize = 16;
 
 thread_local! {
-    /// Timers whose deadline is no longer of interest.
+    /// Timers whose deadline was dropped.
     static SPARE: RefCell<Vec<Set>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Timer {
-    /// Ready once it is `due`.
+    /// Ready once `due` has passed.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
         let due = tokio::time::Instant::from_std(due);
         let sleep = &mut self.0.get_or_insert_with(|| Set::take_over(due)).sleep;
@@ -197,7 +198,7 @@ impl Timer {
         if sleep.deadline() == due {
             return Poll::Ready(());
         }
-        // It has rung for an earlier deadline.
+        // The timer fired for an earlier deadline.
         sleep.as_mut().reset(due);
         sleep.as_mut().poll(cx)
     }
@@ -206,8 +207,7 @@ impl Timer {
 impl Drop for Timer {
     fn drop(&mut self) {
         let Some(set) = self.0.take() else { return };
-        // A timer that is not kept is dropped after the borrow: it may hold the last reference to a task that has
-        // timers of its own.
+        // A surplus timer is dropped after the borrow: it may hold the last reference to a task that has timers itself.
         let _surplus = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();
             if spare.len() < SPARE_MAX {
@@ -221,7 +221,7 @@ impl Drop for Timer {
 }
 
 impl Set {
-    /// A timer that another deadline has left, or a new one.
+    /// Takes over a spare timer, or creates one.
     fn take_over(due: tokio::time::Instant) -> Set {
         let runtime = Handle::current().id();
         let spare = SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten();
@@ -240,7 +240,7 @@ mod tests {
 
     use super::*;
 
-    /// Sees the client leave when it is notified.
+    /// An eye that sees the client leave when it is notified.
     struct Told(oneshot::Receiver<()>);
 
     impl Eye for Told {
@@ -336,7 +336,7 @@ mod tests {
             assert!(timer.poll(&mut Context::from_waker(&old), at(left)).is_pending());
             drop(timer);
             let mut timer = Timer::default();
-            // As often as it is woken, and never in between.
+            // Polls after each wake-up only.
             let mut polls = 0;
             while timer.poll(&mut Context::from_waker(&new), at(due)).is_pending() {
                 polls += 1;

@@ -1,27 +1,27 @@
-//! For how long an exchange has waited for each party.
+//! How long an exchange has waited for each party.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Party;
 
-/// The party that an exchange waits for now, since when, and for how long it has waited for each party in the present
-/// attempt. The task of the exchange writes it; other threads may read it at any moment.
+/// The party that an exchange waits for, since when, and the time that it has waited for each party in the current
+/// attempt. Only the exchange's task writes it; other threads may read it at any time.
 #[derive(Debug)]
 pub struct Waits {
     began: Instant,
-    /// Nanoseconds from `began` to the beginning of the present wait, times four, plus the number of the party. One
-    /// word, so that a reader sees a party and its own beginning.
+    /// Nanoseconds from `began` to the start of the present wait, times four, plus the number of the party. One word
+    /// keeps the party and its start consistent for readers.
     now: AtomicU64,
-    /// Nanoseconds by party of the waits that are over.
+    /// Nanoseconds of the completed waits, per party.
     spent: [AtomicU64; 4],
-    /// Nanoseconds by which the worker had been late in all, when that was looked at last.
+    /// Total lag of the worker in nanoseconds, at the last check.
     lag: AtomicU64,
 }
 
-/// Something that can say for how long it kept an endpoint waiting.
+/// Reports how long an endpoint was delayed.
 pub trait KeepsWaiting: Send + Sync {
-    /// For how long parties other than the endpoint have been waited for in the present attempt.
+    /// The time of the current attempt that was spent waiting for other parties than the endpoint.
     fn kept_waiting(&self, now: Instant) -> Duration;
 }
 
@@ -32,22 +32,23 @@ impl Waits {
         Waits { began, now, spent: Default::default(), lag: AtomicU64::new(0) }
     }
 
-    /// An attempt begins: its endpoint is waited for, and earlier attempts do not count. The worker has been late by
-    /// `lag`.
+    /// Starts an attempt: the exchange waits for its endpoint, and the times of earlier attempts are reset. `lag`: the
+    /// total lag of the worker.
     pub fn begin_attempt(&self, lag: Duration, now: Instant) {
         self.lag.store(nanos(lag), Ordering::Relaxed);
         self.spent.iter().for_each(|spent| spent.store(0, Ordering::Relaxed));
         self.now.store(self.word(Party::Endpoint, now), Ordering::Relaxed);
     }
 
-    /// From now on `party` is waited for. If it was already, its present wait goes on.
+    /// Starts to wait for `party`. If the exchange already waits for it, the present wait continues.
     pub fn turn_to(&self, party: Party, now: Instant) {
         if self.party() != party {
             self.restart(party, now);
         }
     }
 
-    /// From now on `party` is waited for. If it was already, it has done something, and its present wait begins anew.
+    /// Starts to wait for `party`. If the exchange already waits for it, the party has made progress, and a new wait
+    /// begins.
     pub fn restart(&self, party: Party, now: Instant) {
         let (before, since) = self.present();
         let lasted = now.saturating_duration_since(since);
@@ -55,9 +56,8 @@ impl Waits {
         self.now.store(self.word(party, now), Ordering::Relaxed);
     }
 
-    /// The worker has been late by `lag` by now, all stalls together. The present wait was interrupted for the new part
-    /// of it, and its clock did not run: its party may have waited for bytes that the gateway had still to send, or may
-    /// have done its part unseen.
+    /// Reports the total lag of the worker. The new part of it does not count for the present wait: its party may have
+    /// waited for bytes from the gateway, or may have done its part without the gateway noticing.
     pub fn note_lag(&self, lag: Duration, now: Instant) {
         let lag = nanos(lag);
         let late = lag.saturating_sub(self.lag.fetch_max(lag, Ordering::Relaxed));
@@ -69,18 +69,18 @@ impl Waits {
         }
     }
 
-    /// The party that is waited for.
+    /// The party that the exchange waits for.
     pub fn party(&self) -> Party {
         self.present().0
     }
 
-    /// The party that is waited for, and since when.
+    /// The party that the exchange waits for, and since when.
     pub fn present(&self) -> (Party, Instant) {
         let word = self.now.load(Ordering::Relaxed);
         (Party::ALL[(word & 3) as usize], self.began + Duration::from_nanos(word >> 2))
     }
 
-    /// For how long `party` has been waited for in the present attempt, the present wait included.
+    /// The time spent waiting for `party` in the current attempt, including the present wait.
     pub fn spent(&self, party: Party, now: Instant) -> Duration {
         let (present, since) = self.present();
         let lasts = if present == party { nanos(now.saturating_duration_since(since)) } else { 0 };
@@ -99,7 +99,7 @@ impl KeepsWaiting for Waits {
     }
 }
 
-/// At most 146 years, so that there is room for a party.
+/// Limited to 146 years, which leaves two bits for the party.
 fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min(u64::MAX >> 2)
 }

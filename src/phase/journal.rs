@@ -1,10 +1,10 @@
-//! The journal of an exchange: when it entered each phase, in which cycle of which worker's loop, and with how many
-//! bytes.
+//! The journal of an exchange: when it entered each phase, in which cycle of which worker's event loop, and with how
+//! many bytes.
 //!
-//! The [`Clock`](super::Clock) of every exchange adds times up; a journal keeps their order, which a waterfall or a
-//! trace is drawn from. Only chosen exchanges keep one. What chooses them says so beforehand ([`Want`]), for a journal
-//! begins with the connection, where nothing is known of its exchanges. While none is wanted, all of this costs one
-//! branch a phase.
+//! The [`Clock`](super::Clock) of each exchange sums the times; a journal keeps their order, for a waterfall or a
+//! trace. Only selected exchanges keep a journal. A user of journals registers in advance ([`Want`]), since a journal
+//! begins with the connection, before anything is known of its exchanges. While no journal is wanted, a phase costs one
+//! branch.
 
 pub mod steps;
 
@@ -14,18 +14,18 @@ use std::time::{Duration, Instant};
 use super::Phase;
 use steps::{Notebook, Step};
 
-/// The most entries of one journal: eleven attempts, the most there can be, with all their phases are fewer. Further
-/// ones are counted.
+/// Maximum number of entries per journal; the maximum of eleven attempts with all phases needs fewer. Further entries
+/// are only counted.
 pub const ENTRIES_MAX: usize = 64;
 
 static WANTED: AtomicUsize = AtomicUsize::new(0);
 
-/// Journals are wanted for as long as this lives.
+/// Journals are kept as long as a value of this type exists.
 #[derive(Debug)]
 pub struct Want(());
 
 impl Want {
-    /// One more who wants journals.
+    /// Registers a user of journals.
     #[allow(clippy::new_without_default, reason = "it does something, which a default should not")]
     pub fn new() -> Self {
         WANTED.fetch_add(1, Ordering::Relaxed);
@@ -39,100 +39,100 @@ impl Drop for Want {
     }
 }
 
-/// Whether anybody in this process wants journals.
+/// Whether this process keeps journals.
 #[inline]
 pub fn wanted() -> bool {
     WANTED.load(Ordering::Relaxed) > 0
 }
 
-/// A cycle of a worker's loop: what it does between two waits in the kernel.
+/// A cycle of a worker's event loop: the work between two waits in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cycle {
     /// The number of the worker.
     pub worker: usize,
-    /// How often it had waited before.
+    /// Number of waits before this cycle.
     pub number: u64,
-    /// Events that the kernel has had for it so far; `None` without `tokio_unstable`.
+    /// Number of events that the kernel has reported to the worker; `None` without `tokio_unstable`.
     pub events: Option<u64>,
 }
 
-/// A point in time, and the cycle that it lies in if that is known.
+/// A point in time, and its cycle if known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tick {
-    /// When.
+    /// The time.
     pub at: Instant,
-    /// `None`: no journals were wanted yet, or it was on no worker's thread.
+    /// `None`: no journals were wanted yet, or the thread is not a worker.
     pub cycle: Option<Cycle>,
 }
 
-/// Bytes of bodies that have passed.
+/// Body bytes of an exchange so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Passed {
-    /// Came from the client.
+    /// Received from the client.
     pub received: u64,
-    /// Came from the endpoint, for the present attempt.
+    /// Received from the endpoint, in the current attempt.
     pub answered: u64,
-    /// Went to the client.
+    /// Sent to the client.
     pub sent: u64,
 }
 
-/// What is written down when a phase begins, or the exchange ends.
+/// The record at the start of a phase, or at the end of the exchange.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Note {
-    /// When.
+    /// The time.
     pub tick: Tick,
-    /// What had passed by then.
+    /// The body bytes until then.
     pub passed: Passed,
-    /// What Forebay itself had spent on it by then.
+    /// Forebay's own time until then.
     pub own: Duration,
 }
 
 impl Note {
-    /// One of a time before the exchange had a context: nothing has passed.
+    /// A note from before the exchange's context existed: no bytes, no own time.
     pub fn early(tick: Tick) -> Self {
         Note { tick, passed: Passed::default(), own: Duration::ZERO }
     }
 }
 
-/// A phase of an exchange, from one note to the next.
+/// A phase of an exchange, between two notes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Span {
-    /// Which.
+    /// The phase.
     pub phase: Phase,
-    /// As it was when it began.
+    /// The note at its start.
     pub begin: Note,
-    /// As it was when it ended.
+    /// The note at its end.
     pub end: Note,
 }
 
 impl Span {
-    /// For how long it lasted.
+    /// The duration.
     pub fn lasted(&self) -> Duration {
         self.end.tick.at.saturating_duration_since(self.begin.tick.at)
     }
 }
 
-/// See the module.
+/// A journal; see the module.
 #[derive(Clone, Debug)]
 pub struct Journal {
     entries: Vec<(Phase, Note)>,
     end: Option<Note>,
-    /// Entries that had no place.
+    /// Number of entries beyond the limit.
     left_out: u32,
-    /// What filters did, in the order in which that ended; and how many steps had no place.
+    /// The filter steps in the order in which they ended, and the number of steps beyond the limit.
     steps: (Vec<Step>, u32),
 }
 
 impl Journal {
-    /// One that begins with `phase`.
+    /// Starts a journal with `phase`.
     pub fn begin(phase: Phase, note: Note) -> Self {
-        // Enough for an exchange with one attempt.
+        // Sufficient for an exchange with one attempt.
         let mut entries = Vec::with_capacity(Phase::COUNT);
         entries.push((phase, note));
         Journal { entries, end: None, left_out: 0, steps: (Vec::new(), 0) }
     }
 
-    /// The exchange goes on to `phase`.
+    /// Records the start of `phase`.
     pub fn enter(&mut self, phase: Phase, note: Note) {
         if self.entries.len() < ENTRIES_MAX {
             self.entries.push((phase, note));
@@ -141,39 +141,39 @@ impl Journal {
         }
     }
 
-    /// The exchange has ended.
+    /// Records the end of the exchange.
     pub fn end(&mut self, note: Note) {
         self.end.get_or_insert(note);
     }
 
-    /// What passed up to the last note.
+    /// The body bytes at the last note.
     pub fn passed(&self) -> Passed {
         self.end.or_else(|| self.entries.last().map(|(_, note)| *note)).map(|note| note.passed).unwrap_or_default()
     }
 
-    /// When it began.
+    /// When the journal began.
     pub fn began(&self) -> Tick {
         self.entries[0].1.tick
     }
 
-    /// The phases in the order in which they were, one that came back as often as it came. The last one is there if the
-    /// exchange has ended.
+    /// The phases in chronological order, including recurrences. The last phase is included once the exchange has
+    /// ended.
     pub fn spans(&self) -> impl Iterator<Item = Span> + '_ {
         let ends = self.entries.iter().skip(1).map(|(_, note)| *note).chain(self.end);
         self.entries.iter().zip(ends).map(|(&(phase, begin), end)| Span { phase, begin, end })
     }
 
-    /// What filters did, which is noted there.
+    /// Takes the filter steps from `notebook`.
     pub fn note_steps(&mut self, notebook: &Notebook) {
         self.steps = notebook.take();
     }
 
-    /// What filters did, and how many steps had no place.
+    /// The filter steps, and the number of steps beyond the limit.
     pub fn steps(&self) -> (&[Step], u32) {
         (&self.steps.0, self.steps.1)
     }
 
-    /// Phases for which there was no place: the last span that is there stands for them, too.
+    /// Number of phases beyond the limit. The last span includes them.
     pub fn left_out(&self) -> u32 {
         self.left_out
     }
@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn journals_are_wanted_for_as_long_as_somebody_wants_them() {
-        // Other tests of this process may want some, too.
+        // Other tests in this process may want journals, too.
         let first = Want::new();
         let second = Want::new();
         drop(first);

@@ -1,8 +1,8 @@
-//! What filters do within the phases of an exchange that keeps a journal: the stages at which they are called, and the
-//! requests that they send.
+//! The steps of filters within an exchange that keeps a journal: the stages of filters, and the requests that filters
+//! send.
 //!
-//! An exchange that keeps a journal hands its chain a [`Notebook`]. A request of a filter finds that of its exchange
-//! where it is polled ([`call`]), for a filter that asks for something knows of no journal.
+//! An exchange with a journal passes a [`Notebook`] to its filter chain. A request of a filter finds the notebook
+//! through the thread that polls the filter ([`call`]), since filters do not know of journals.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -11,31 +11,31 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The most steps of one exchange. Further ones are counted.
+/// Maximum number of steps per exchange. Further steps are only counted.
 pub const STEPS_MAX: usize = 128;
 
-/// One thing that a filter did.
+/// One step of a filter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
-    /// The filter, as it is called in metrics.
+    /// The filter's name, as in metrics.
     pub filter: &'static str,
-    /// At which stage (`request`, `request_body`, `response`, `response_body`); `call`: it has sent a request; `when`:
-    /// its condition did not hold, so that it did nothing.
+    /// The stage (`request`, `request_body`, `response`, `response_body`); `call`: it sent a request; `when`: its
+    /// condition was false, and it was skipped.
     pub stage: &'static str,
-    /// The upstream that a request was sent to.
+    /// The upstream of the request that it sent.
     pub upstream: Option<Box<str>>,
-    /// When it began.
+    /// Start time.
     pub begin: Instant,
-    /// How long it took; all pieces of a body together.
+    /// Duration; for a body, the sum over all pieces.
     pub took: Duration,
-    /// How many pieces there were; else 1.
+    /// Number of body pieces; otherwise 1.
     pub times: u32,
-    /// What it came to: `continue`, `answer 302`, the reason of a refusal; of a request, the status of its answer, or
-    /// why there is none; `dropped`, if it was not awaited.
+    /// The outcome: `continue`, `answer 302`, or the reason of a refusal. For a request: the status of its response, or
+    /// why there is none; `dropped` if the filter did not await it.
     pub outcome: Cow<'static, str>,
 }
 
-/// Where the steps of one exchange are noted. Clones share it. One task uses it, so that its lock never waits.
+/// The steps of one exchange. Clones share them. Only one task uses the notebook, so its lock is never contended.
 #[derive(Clone, Debug, Default)]
 pub struct Notebook(Arc<Mutex<Noted>>);
 
@@ -46,12 +46,12 @@ struct Noted {
 }
 
 thread_local! {
-    /// Whose future is polled on this thread, and by which filter.
+    /// The notebook of the exchange that is polled on this thread, and its current filter.
     static PRESENT: RefCell<Option<(Notebook, &'static str)>> = const { RefCell::new(None) };
 }
 
 impl Notebook {
-    /// Runs a stage of a filter, and notes it with what `told` says that it came to.
+    /// Runs a stage of a filter and records it. `told` returns the outcome.
     pub async fn stage<T>(
         &self,
         filter: &'static str,
@@ -72,12 +72,12 @@ impl Notebook {
         done
     }
 
-    /// A filter does nothing in this exchange, for its condition does not hold.
+    /// Records that a filter was skipped because its condition is false.
     pub fn skipped(&self, filter: &'static str) {
         Noting::begin(self.clone(), filter, "when", None).comes_to("skipped");
     }
 
-    /// All that was noted, in the order in which it ended, and how many steps had no place.
+    /// Takes all steps, in the order in which they ended, and the number of steps beyond the limit.
     pub fn take(&self) -> (Vec<Step>, u32) {
         let noted = std::mem::take(&mut *self.noted());
         (noted.steps, noted.left_out)
@@ -85,7 +85,7 @@ impl Notebook {
 
     fn note(&self, step: Step) {
         let Noted { steps, left_out } = &mut *self.noted();
-        // The pieces of a body are one step.
+        // All pieces of a body are one step.
         let of_body = step.stage.ends_with("_body");
         let same = |other: &&mut Step| other.filter == step.filter && other.stage == step.stage;
         if let Some(earlier) = steps.iter_mut().rev().find(same).filter(|_| of_body) {
@@ -104,14 +104,14 @@ impl Notebook {
     }
 }
 
-/// A filter sends a request to this upstream; `None`, if the exchange is not recorded. To be called where the filter is
-/// polled.
+/// Records that a filter sends a request to this upstream. `None` if the exchange keeps no journal. Must be called
+/// within a poll of the filter.
 pub fn call(upstream: &str) -> Option<Noting> {
     let (notebook, filter) = PRESENT.with_borrow(Clone::clone)?;
     Some(Noting::begin(notebook, filter, "call", Some(upstream.into())))
 }
 
-/// A step that is under way. It is noted when this is dropped.
+/// A step in progress. It is recorded on drop.
 #[derive(Debug)]
 pub struct Noting {
     notebook: Notebook,
@@ -124,7 +124,7 @@ impl Noting {
         Noting { notebook, step: Some(Step { filter, stage, upstream, begin, took, times: 1, outcome }) }
     }
 
-    /// It has come to this.
+    /// Sets the outcome.
     pub fn comes_to(&mut self, outcome: impl Into<Cow<'static, str>>) {
         if let Some(step) = &mut self.step {
             step.outcome = outcome.into();
