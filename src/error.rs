@@ -1,7 +1,7 @@
-//! What can go wrong, told to whom it concerns.
+//! Refusals and errors of the configuration.
 //!
-//! A [`Refusal`] is for the client: what Forebay itself answers, or why it cut an exchange short. A [`BuildError`]
-//! is for the operator: what in the configuration could not be built, with its path in the YAML.
+//! A [`Refusal`] is for the client: Forebay's own response, or the reason why it ended an exchange early. A
+//! [`BuildError`] is for the operator: an error in the configuration, with its path in the YAML.
 
 pub mod grpc;
 pub mod path;
@@ -9,17 +9,17 @@ pub mod path;
 use std::fmt;
 use std::ops::Range;
 
-/// Why Forebay itself ended an exchange or a connection.
+/// The reason why Forebay itself ended an exchange or a connection.
 ///
-/// One row is all there is to say about it: the reason (`phase.cause`) is the metric label and the log field, the
-/// status and the message are what the client gets. Once bytes of an answer have left, the connection is cut
-/// instead, and only the reason remains.
+/// One row has everything about it: the reason (`phase.cause`) is the metric label and the log field; the client
+/// receives the status and the message. Once bytes of a response were sent, Forebay closes the connection instead, and
+/// only the reason is used.
 pub struct Refusal {
     /// `phase.cause`: the label of `forebay_refusals_total` and the `reason` of the access log.
     pub reason: &'static str,
-    /// The status the client gets. 499 (client gone) is only ever logged.
+    /// The status for the client. 499 (the client closed) is only logged.
     pub status: u16,
-    /// One sentence for the client; no detail of the inside.
+    /// One sentence for the client, without internal details.
     pub message: &'static str,
 }
 
@@ -29,7 +29,7 @@ impl Refusal {
         Refusal { reason, status, message }
     }
 
-    /// The body of its answer and the media type of it.
+    /// The body of its response, and the body's media type.
     pub fn body(&self, json: bool) -> (&'static str, String) {
         let Refusal { reason, status, message } = self;
         if json {
@@ -41,13 +41,14 @@ impl Refusal {
         }
     }
 
-    /// The methods that would be allowed, which a 405 must tell (RFC 9110 §15.5.6).
+    /// The allowed methods, which a 405 must list (RFC 9110 §15.5.6).
     pub fn allow(&self) -> Option<&'static str> {
         (self.status == 405).then_some("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
     }
 
-    /// After how many seconds the client may try again, where the gateway was short of room: that passes as others
-    /// end (RFC 9110 §10.2.3). Not so short that the same clients come back at once, nor so long that they give up.
+    /// Seconds after which the client may retry, if the gateway was short of resources (RFC 9110 §10.2.3). Such a
+    /// shortage passes as other exchanges end. The time is long enough that the same clients do not return at once, and
+    /// short enough that they do not give up.
     pub fn retry_after(&self) -> Option<u32> {
         let passing = [
             &refusal::ROUTE_PRESSURE,
@@ -78,14 +79,14 @@ impl fmt::Debug for Refusal {
 
 macro_rules! refusals {
     ($($name:ident: $reason:literal, $status:literal, $message:literal;)*) => {
-        /// The refusals of Forebay itself; a filter declares its own beside its code.
+        /// Forebay's own refusals. A filter declares its refusals next to its code.
         pub mod refusal {
             use super::Refusal;
             $(
                 #[doc = concat!("`", $reason, "`, ", $status, ": ", $message)]
                 pub static $name: Refusal = Refusal::new($reason, $status, $message);
             )*
-            /// Every row above, in order.
+            /// All rows, in order.
             pub static ALL: &[&Refusal] = &[$(&$name),*];
         }
     };
@@ -202,31 +203,32 @@ refusals! {
     INTERNAL: "internal", 500, "The gateway failed.";
 }
 
-/// A configuration that is well-formed and yet cannot be built: an address that does not resolve, a regex that is none.
+/// An error in a configuration that is well-formed but cannot be built, such as an address that does not resolve, or an
+/// invalid regex.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{path}{}: {message}", .inside.as_ref().map(Inside::told).unwrap_or_default())]
 pub struct BuildError {
-    /// Where it stands in the YAML, such as `routes[2].match.path.regex`.
+    /// The location in the YAML, such as `routes[2].match.path.regex`.
     pub path: String,
-    /// What was found and what would be right.
+    /// The error, and what would be correct.
     pub message: String,
-    /// Where inside of the text at `path`, if that is an expression.
+    /// The location within the text at `path`, if that is an expression.
     pub inside: Option<Inside>,
 }
 
-/// A place inside of a text.
+/// A range within a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inside {
     /// Its bytes.
     pub bytes: Range<usize>,
-    /// The line of its beginning, from 1.
+    /// The line of its start, from 1.
     pub line: usize,
-    /// The column of its beginning in characters, from 1.
+    /// The column of its start in characters, from 1.
     pub column: usize,
 }
 
 impl Inside {
-    /// The place of these bytes of `text`.
+    /// The location of `bytes` in `text`.
     pub fn of(text: &str, bytes: Range<usize>) -> Self {
         let mut start = bytes.start.min(text.len());
         while !text.is_char_boundary(start) {
@@ -238,40 +240,40 @@ impl Inside {
         Inside { bytes, line, column }
     }
 
-    /// The place in words.
+    /// The location, as text.
     pub fn told(&self) -> String {
         format!(" (at {}:{} of the expression)", self.line, self.column)
     }
 }
 
 impl BuildError {
-    /// An error at `path`, in which names stand as [`path::key`] writes them.
+    /// Creates an error at `path`. Names in it are written by [`path::key`].
     pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
         BuildError { path: path.into(), message: message.into(), inside: None }
     }
 
-    /// The same error about a part of the text at its path.
+    /// The same error with a location within the text at its path.
     pub fn inside(mut self, inside: Inside) -> Self {
         self.inside = Some(inside);
         self
     }
 
-    /// An error at the entry of this name, which may be any text, such as that of a header.
+    /// Creates an error at the entry `name`, which may be any text, such as the name of a header field.
     pub fn at_key(name: &str, message: impl Into<String>) -> Self {
         BuildError::new(path::key(name), message)
     }
 
-    /// The same error seen from a level further out: `path` is put before its own.
+    /// The same error seen from an outer level, with `path` prepended.
     pub fn under(self, path: &str) -> Self {
         BuildError { path: path::join(path, &self.path), ..self }
     }
 }
 
-/// The one of `known` that `wrong` is most likely a misspelling of.
+/// The name in `known` that `wrong` most likely misspells.
 pub fn nearest<'k>(wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     let wrong = wrong.to_lowercase();
     let distance = |name: &str| {
-        // A word that was left out or added, as in `hosts` for `host_names`, is near as well.
+        // A word that was left out or added, as in `hosts` for `host_names`, counts as one edit.
         let begun = wrong.len() >= 3 && (name.starts_with(&wrong) || wrong.starts_with(name));
         if begun { 1 } else { strsim::damerau_levenshtein(&wrong, &name.to_lowercase()) }
     };

@@ -1,8 +1,8 @@
-//! What is known of an exchange that is over.
+//! The record of a completed exchange.
 //!
-//! One value, of which each takes what it shows: the access log, recordings and spans. Its figures are what the metrics
-//! of its route count. `proxy/finish.rs` makes it of an exchange; `client.rs` of a header that was refused and of a
-//! connection that was passed on.
+//! The access log, recordings and spans all use this value, and each takes the parts that it shows. Its figures are
+//! those that the route's metrics count. `proxy/finish.rs` creates it for an exchange; `client.rs` creates it for a
+//! refused header and for a relayed connection.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -13,59 +13,58 @@ use crate::metrics::{Summary, UNROUTED};
 use crate::phase::Phase;
 use crate::spans::TraceId;
 
-/// See the module.
+/// The record; see the module.
 #[derive(Clone, Copy, Debug)]
 pub struct Finished<'e> {
-    /// When it was over, on the clock of its phases.
+    /// When it completed, on the clock of its phases.
     pub at: Instant,
-    /// When it was over, by the time of day.
+    /// When it completed, as wall-clock time.
     pub time: SystemTime,
-    /// Who asked.
+    /// The client.
     pub client: Client<'e>,
-    /// What was asked.
+    /// The request.
     pub request: Request<'e>,
-    /// Where it went.
+    /// The route, the upstream and the attempts.
     pub way: Way<'e>,
     /// Its status, its bytes and its times.
     pub summary: Summary<'e>,
-    /// Bytes of both bodies that were held back for the slower side.
+    /// Bytes of both bodies that were buffered for the slower side.
     pub buffered: u64,
-    /// Those of them that were written to disk.
+    /// Number of buffered bytes that were written to disk.
     pub spilled: u64,
-    /// How a gRPC call went: the endpoint's `grpc-status`, or that of our own answer.
+    /// The result of a gRPC call: the endpoint's `grpc-status`, or that of Forebay's own response.
     pub grpc_status: Option<u16>,
     /// The trace that it belongs to.
     pub trace: Option<TraceId>,
 }
 
-/// The client of an exchange that is over.
+/// The client of a completed exchange.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Client<'e> {
     /// The name of the listener.
     pub listener: &'e str,
-    /// Its address: the peer's, or what a trusted proxy said. `None` on a unix socket.
+    /// The client's address: the peer's, or the one that a trusted proxy reported. `None` on a unix socket.
     pub address: Option<IpAddr>,
-    /// Who connected: the client, or a proxy before it.
+    /// The address of the peer: the client, or a proxy in front of Forebay.
     pub peer: Option<SocketAddr>,
-    /// The version of TLS that it spoke.
+    /// The version of TLS.
     pub tls: Option<&'e str>,
-    /// Who it has proved to be, by a certificate.
+    /// The subject of the client's verified certificate.
     pub subject: Option<&'e str>,
 }
 
-/// The request of an exchange that is over.
+/// The request of a completed exchange.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request<'e> {
-    /// The method; empty if the header could not be understood.
+    /// The method; empty if the header is invalid.
     pub method: &'e str,
-    /// The host that was asked for, as it was written.
+    /// The requested host, as received.
     pub host: &'e [u8],
-    /// The target: its path in its one form, and the query as it was written; both as they were written, if the header
-    /// could not be understood.
+    /// The target: the normalized path, and the query as received. If the header is invalid, both are as received.
     pub target: &'e [u8],
     /// The version, such as `HTTP/1.1`.
     pub protocol: &'static str,
-    /// Its id.
+    /// The request id.
     pub id: Option<&'e [u8]>,
     /// Its `Referer`.
     pub referer: Option<&'e [u8]>,
@@ -73,20 +72,20 @@ pub struct Request<'e> {
     pub user_agent: Option<&'e [u8]>,
 }
 
-/// The way of an exchange that is over.
+/// The route and the attempts of a completed exchange.
 #[derive(Clone, Copy, Debug)]
 pub struct Way<'e> {
-    /// The name of the route; `_none` if it took none.
+    /// The name of the route; `_none` without a route.
     pub route: &'e str,
-    /// The name of the upstream that was asked last.
+    /// The name of the upstream of the last attempt.
     pub upstream: Option<&'e str>,
-    /// The endpoint that was asked last, as written in the configuration.
+    /// The endpoint of the last attempt, as written in the configuration.
     pub endpoint: Option<&'e str>,
-    /// How many endpoints were asked.
+    /// Number of attempts.
     pub attempts: u32,
-    /// The attempts that came to nothing, in their order.
+    /// The failed attempts, in order.
     pub failed: &'e [Failed],
-    /// Why it went by Pingora's driver and not by ours. `None`: it did not.
+    /// The reason why Pingora's driver ran it. `None`: Forebay's driver ran it.
     pub handed_over: Option<&'static str>,
 }
 
@@ -97,7 +96,7 @@ impl Default for Way<'_> {
 }
 
 impl<'e> Finished<'e> {
-    /// What was over just now, `at` this time, with these figures, as far as nothing more is known of it.
+    /// Creates the record of an exchange that completed at `at`, now. The fields without a parameter are empty.
     pub fn new(at: Instant, client: Client<'e>, summary: Summary<'e>) -> Finished<'e> {
         Finished {
             at,
@@ -118,12 +117,12 @@ impl<'e> Finished<'e> {
         without_query(self.request.target)
     }
 
-    /// Why Forebay ended it, if it did: `phase.cause`.
+    /// The reason if Forebay ended it itself: `phase.cause`.
     pub fn reason(&self) -> Option<&'static str> {
         self.summary.refusal.map(|refusal| refusal.reason)
     }
 
-    /// The same without what may be secret: the query of its target, and that of the page that led to it.
+    /// A copy without the queries of its target and its referrer, which may be secret.
     pub fn without_queries(&self) -> Finished<'e> {
         let referer = self.request.referer.map(without_query);
         Finished { request: Request { target: self.path(), referer, ..self.request }, ..*self }
@@ -134,27 +133,27 @@ fn without_query(target: &[u8]) -> &[u8] {
     target.split(|&byte| byte == b'?').next().unwrap_or_default()
 }
 
-/// An attempt that came to nothing.
+/// A failed attempt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Failed {
     /// The endpoint, as written in the configuration.
     pub endpoint: Arc<str>,
-    /// In which phase.
+    /// The phase of the failure.
     pub phase: Phase,
-    /// Why.
+    /// The reason.
     pub why: Why,
-    /// From the choice of the endpoint on.
+    /// Duration, from the selection of the endpoint.
     pub took: Duration,
 }
 
-/// Why an attempt came to nothing.
+/// The reason why an attempt failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// For this reason.
+    /// A refusal with this reason.
     Refusal(&'static str),
-    /// Its answer had this status.
+    /// A response with this status.
     Status(u16),
-    /// Its answer had this gRPC status.
+    /// A response with this gRPC status.
     Grpc(u8),
 }
 

@@ -1,6 +1,6 @@
-//! The `forebay` program: the command line of the library, with the built-in filters.
+//! The `forebay` program: the library's command line with the built-in filters.
 //!
-//! A program with filters of its own is the same line with `.filter::<T>()` behind `builder()`.
+//! A program with its own filters has the same line with `.filter::<T>()` after `builder()`.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::ffi::c_void;
@@ -16,12 +16,11 @@ unsafe extern "C" {
     fn mi_usable_size(memory: *const c_void) -> usize;
 }
 
-/// mimalloc. Measured with `make bench`, CPU per small request to nginx's: with the system's allocator 2.3, with
-/// jemalloc 2.2, with mimalloc 1.7.
+/// The allocator: mimalloc. CPU time per small request relative to nginx, measured with `make bench`: 2.3 with the
+/// system's allocator, 2.2 with jemalloc, 1.7 with mimalloc.
 ///
-/// Its crate names the alignment with every request. mimalloc then looks for memory that is aligned so, which takes
-/// three times the instructions of a request without one. All of its memory is aligned to 8 bytes, and hardly anything
-/// needs more.
+/// The mimalloc crate passes the alignment with every request, and mimalloc's aligned allocation takes three times the
+/// instructions. All memory of mimalloc is aligned to 8 bytes, which suffices for almost all requests.
 struct Allocator;
 
 #[global_allocator]
@@ -33,11 +32,11 @@ impl Allocator {
     }
 }
 
-// SAFETY: each function is mimalloc's own of the same meaning. What was allocated with an alignment and without one is
-// freed and resized alike.
+// SAFETY: each function is mimalloc's own with the same meaning. mimalloc frees and resizes memory in the same way,
+// whether it was allocated with an alignment or not.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: it takes any size, and is null where there is no memory.
+        // SAFETY: `mi_malloc` takes any size and returns null if memory is exhausted.
         if Self::is_aligned_anyway(layout) {
             unsafe { mi_malloc(layout.size()).cast() }
         }
@@ -75,12 +74,13 @@ unsafe impl GlobalAlloc for Allocator {
     }
 }
 
-/// So much of the heap may be in huge pages: what small requests need over and over is at its beginning.
+/// The size of the part of the heap that may use huge pages. Memory that small requests use repeatedly is at its
+/// beginning.
 const HUGE_BYTES: usize = 32 << 20;
 
-/// BoringSSL asks for its memory here, so that it comes from the same allocator. What a handshake needs and gives back
-/// lies between what a connection keeps, and the system's allocator let little of that go: 2.8 KiB for each parked
-/// connection. BoringSSL finds these functions by their names when it is linked.
+/// BoringSSL allocates its memory through these functions, and so from the same allocator. The temporary memory of a
+/// handshake lies between memory that a connection keeps. The system's allocator returned little of it: 2.8 KiB were
+/// lost per parked connection. The linker resolves these functions by name.
 mod boringssl {
     use pingora::tls::ssl_sys::OPENSSL_cleanse;
 
@@ -88,14 +88,14 @@ mod boringssl {
 
     #[unsafe(no_mangle)]
     extern "C" fn OPENSSL_memory_alloc(size: usize) -> *mut c_void {
-        // SAFETY: it takes any size, and is null where there is no memory.
+        // SAFETY: `mi_malloc` takes any size and returns null if memory is exhausted.
         unsafe { mi_malloc(size) }
     }
 
-    /// Overwrites it first, for it may have held a key.
+    /// Overwrites the memory before it is freed, since it may contain a key.
     #[unsafe(no_mangle)]
     unsafe extern "C" fn OPENSSL_memory_free(memory: *mut c_void) {
-        // SAFETY: BoringSSL gives back what it got above, which is never null here and as large as is said.
+        // SAFETY: BoringSSL passes memory that it got above; here it is never null, and its size is as reported.
         unsafe {
             OPENSSL_cleanse(memory, mi_usable_size(memory));
             mi_free(memory);
@@ -104,7 +104,7 @@ mod boringssl {
 
     #[unsafe(no_mangle)]
     unsafe extern "C" fn OPENSSL_memory_get_size(memory: *mut c_void) -> usize {
-        // SAFETY: it is what BoringSSL got above.
+        // SAFETY: BoringSSL got the memory above.
         unsafe { mi_usable_size(memory) }
     }
 }
@@ -114,22 +114,22 @@ fn main() -> ExitCode {
     forebay::cli::main(forebay::gateway::Gateway::builder(), std::env::args_os())
 }
 
-/// mimalloc asks for huge pages for all of its heap. Where a crowd of slow clients makes that grow, the kernel clears 2
-/// MiB at a time in the middle of a request, which takes milliseconds, and makes present 2 MiB where 64 KiB are needed.
-/// So only the beginning of the heap keeps them.
+/// Limits huge pages to the beginning of the heap.
+///
+/// mimalloc requests huge pages for its whole heap. If many slow clients make the heap grow, the kernel clears 2 MiB at
+/// a time in the middle of a request, which takes milliseconds, and commits 2 MiB where 64 KiB are needed.
 fn bound_huge_pages() {
     let probe = Box::new(0_u8);
     let Some((begin, end)) = mapping_around(std::ptr::from_ref(&*probe).addr()) else { return };
     let bound = (begin + HUGE_BYTES).next_multiple_of(2 << 20);
     if bound < end {
         let rest = std::ptr::with_exposed_provenance_mut(bound);
-        // SAFETY: the range is mapped, and the advice changes nothing that it holds. If it is not taken nothing is
-        // lost.
+        // SAFETY: the range is mapped, and the advice does not change its content. A failure has no effect.
         unsafe { libc::madvise(rest, end - bound, libc::MADV_NOHUGEPAGE) };
     }
 }
 
-/// The part of the address space that this address was mapped with.
+/// The mapping in the address space that contains this address.
 fn mapping_around(address: usize) -> Option<(usize, usize)> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let ranges = maps.lines().filter_map(|line| {

@@ -1,9 +1,9 @@
-//! What the kernel is asked about a connection's socket and told of it, beyond what the libraries do.
+//! System calls on a connection's socket that the libraries do not offer.
 //!
-//! Pingora and our own transports give a socket as a number, because it belongs to a stream that is borrowed elsewhere.
-//! This module is the only one that turns such a number into a system call. Each function takes the number of a socket
-//! that its caller keeps open during the call. A number that is not an open descriptor, or not a socket, has the
-//! answer that each function names and no other effect.
+//! Pingora and Forebay's own transports identify a socket by its file descriptor, because the stream is borrowed
+//! elsewhere. Only this module turns such a descriptor into a system call. The caller of each function must keep the
+//! socket open during the call. For a descriptor that is not open, or not a socket, each function returns the
+//! documented value and has no effect.
 
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
@@ -11,21 +11,21 @@ use std::time::Duration;
 
 use socket2::{SockAddr, SockRef};
 
-/// `SO_BUF_LOCK` of Linux, which the libc crate lacks: which buffers of a socket are exempt from tuning.
+/// `SO_BUF_LOCK` of Linux, which the libc crate lacks: it selects the buffers that the kernel does not tune.
 const SO_BUF_LOCK: libc::c_int = 72;
-/// Of these, the receive buffer.
+/// The flag for the receive buffer.
 const SOCK_RCVBUF_LOCK: libc::c_int = 2;
 
-/// Bytes of a connection that were sent and that the peer's host has not acknowledged; a FIN counts as one. 0 for what
-/// is not a socket.
+/// Number of sent bytes that the peer's host has not acknowledged; a FIN counts as one. 0 for a descriptor that is not
+/// a socket.
 pub fn unacknowledged(socket: RawFd) -> usize {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: the pointer is to an integer, which is what this request fills; a wrong descriptor is an error.
+    // SAFETY: the pointer is to an integer, which this request fills; a wrong descriptor is an error.
     let asked = unsafe { libc::ioctl(socket, libc::TIOCOUTQ, &raw mut bytes) };
     if asked == 0 { usize::try_from(bytes).unwrap_or_default() } else { 0 }
 }
 
-/// Bytes that have come over a connection and were not read; its end counts for none. 0 for what is not a socket.
+/// Number of received bytes that were not read; a FIN does not count. 0 for a descriptor that is not a socket.
 pub fn unread(socket: RawFd) -> u64 {
     let mut bytes: libc::c_int = 0;
     // SAFETY: as above.
@@ -33,16 +33,16 @@ pub fn unread(socket: RawFd) -> u64 {
     if asked == 0 { u64::try_from(bytes).unwrap_or_default() } else { 0 }
 }
 
-/// Which of these events of `poll` there are now. An error and the end of both directions are found without being asked
-/// for. The call does not wait. No event for what is not a socket.
+/// Those of the events `asked` that `poll` reports now. It always reports an error and the end of both directions. The
+/// call does not block. No events for a descriptor that is not a socket.
 pub fn events(socket: RawFd, asked: libc::c_short) -> libc::c_short {
     let mut asked = libc::pollfd { fd: socket, events: asked, revents: 0 };
     // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
     if unsafe { libc::poll(&raw mut asked, 1, 0) } == 1 { asked.revents } else { 0 }
 }
 
-/// A copy of the next `length` bytes that are to be read, which stay unread. The call does not wait. `None` if there
-/// are fewer, or for what is not a socket.
+/// A copy of the next `length` unread bytes, which stay unread. The call does not block. `None` if fewer bytes are
+/// available, or if the descriptor is not a socket.
 pub fn peek(socket: RawFd, length: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0u8; length];
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
@@ -51,23 +51,25 @@ pub fn peek(socket: RawFd, length: usize) -> Option<Vec<u8>> {
     (usize::try_from(read) == Ok(length)).then_some(bytes)
 }
 
-/// The address that a connection leads to. `None` for what is not connected.
+/// The address of the peer. `None` if the socket is not connected.
 pub fn peer(socket: RawFd) -> Option<SockAddr> {
     with(socket, |socket| socket.peer_addr()).ok()
 }
 
-/// The bytes of the receive buffer, which are twice what was set. `None` for what is not a socket.
+/// The size of the receive buffer in bytes, which is twice the size that was set. `None` for a descriptor that is not a
+/// socket.
 pub fn receive_buffer(socket: RawFd) -> Option<usize> {
     with(socket, |socket| socket.recv_buffer_size()).ok()
 }
 
-/// Sets the receive buffer to this many bytes, which the kernel does not tune then. No effect on what is not a socket.
+/// Sets the size of the receive buffer in bytes. The kernel then does not tune it. No effect on a descriptor that is
+/// not a socket.
 pub fn set_receive_buffer(socket: RawFd, bytes: usize) {
     let _ = with(socket, |socket| socket.set_recv_buffer_size(bytes));
 }
 
-/// Whether the receive buffer keeps its size instead of being tuned by the kernel. No effect before Linux 5.14, and on
-/// what is not a socket.
+/// Sets whether the kernel leaves the size of the receive buffer unchanged. No effect before Linux 5.14, and on a
+/// descriptor that is not a socket.
 pub fn lock_receive_buffer(socket: RawFd, locked: bool) {
     let value = if locked { SOCK_RCVBUF_LOCK } else { 0 };
     let length = size_of::<libc::c_int>() as libc::socklen_t;
@@ -75,23 +77,23 @@ pub fn lock_receive_buffer(socket: RawFd, locked: bool) {
     unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, SO_BUF_LOCK, (&raw const value).cast(), length) };
 }
 
-/// Has the last bytes that came acknowledged at once. No effect on a unix socket.
+/// Acknowledges received bytes at once. No effect on a unix socket.
 pub fn acknowledge(socket: RawFd) {
     let _ = with(socket, |socket| socket.set_tcp_quickack(true));
 }
 
-/// Has the connection end by a reset once it is closed. No effect on a unix socket, which has no reset.
+/// Makes the next close reset the connection. No effect on a unix socket, which has no reset.
 pub fn reset_on_close(socket: RawFd) {
     let _ = with(socket, |socket| socket.set_linger(Some(Duration::ZERO)));
 }
 
-/// Ends a connection in both directions: the next look at it here finds that it has ended. Only the owner of a
-/// connection is to do so. No effect on what is not connected.
+/// Shuts the connection down in both directions; the next read finds its end. Only the owner of a connection may call
+/// this. No effect on a socket that is not connected.
 pub fn shut_down(socket: RawFd) {
     let _ = with(socket, |socket| socket.shutdown(std::net::Shutdown::Both));
 }
 
-/// Asks something of a socket that its caller keeps open.
+/// Calls `ask` with a socket that the caller keeps open.
 fn with<R>(socket: RawFd, ask: impl FnOnce(SockRef<'_>) -> io::Result<R>) -> io::Result<R> {
     if socket < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));

@@ -1,16 +1,15 @@
-//! The built-in test origin: a small HTTP/1.1 server whose path says how it behaves, well or badly.
+//! The built-in test origin: a small HTTP/1.1 server whose behaviour, correct or faulty, the path selects.
 //!
-//! It stands behind the gateway in `forebay run --demo` and in tests, and alone as `forebay origin`. It is written
-//! on bare sockets because no HTTP library would agree to misbehave as it must. Nothing in it is meant for
-//! production; it is bounded all the same: 10,000 connections, 64 KiB and 128 fields of header, and one minute
-//! for a peer that sends or takes nothing.
+//! It is the endpoint in `forebay run --demo` and in tests, and runs alone as `forebay origin`. It uses plain sockets
+//! because no HTTP library can produce its faults. It is not meant for production, but has limits: 10,000 connections,
+//! 64 KiB and 128 fields of header, and one minute without progress of the peer.
 //!
 //! ```text
 #![doc = include_str!("origin/paths.txt")]
 //! ```
 //!
-//! The path is understood in `behaviour`, carried out in `answer` and `websocket`; `wire` is the connection, and
-//! `digest` compares what came with what was sent.
+//! `behaviour` parses the path, and `answer` and `websocket` carry it out. `wire` is the connection. `digest` compares
+//! received bytes with sent ones.
 
 mod answer;
 mod behaviour;
@@ -34,16 +33,16 @@ use tokio::sync::{Semaphore, oneshot};
 pub use behaviour::{content, content_from};
 pub use digest::Digest;
 
-/// What each path does, as `/` and `forebay origin --help` tell it.
+/// The description of each path, for `/` and `forebay origin --help`.
 pub const PATHS: &str = include_str!("origin/paths.txt");
 
-/// Connections that are open at once; further ones wait in the kernel's queue.
+/// Maximum number of open connections. Further ones wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 10_000;
 
-/// A pause after a failed `accept`, so that a lack of file descriptors does not become a busy loop.
+/// The pause after a failed `accept`. It prevents a busy loop while file descriptors are exhausted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// A test origin that listens, but does not answer yet.
+/// A test origin that listens, but does not respond yet.
 pub struct Origin {
     listener: TcpListener,
     address: SocketAddr,
@@ -51,8 +50,8 @@ pub struct Origin {
     detour: Arc<Detour>,
 }
 
-/// A mishap that befalls the first requests and no more, of all origins together that share it: whichever endpoint a
-/// gateway asks first, that one fails and the next one does not.
+/// A fault for the first requests only, counted over all origins that share it: the first endpoint that a gateway
+/// selects fails, and the next one does not.
 #[derive(Default)]
 pub struct Detour {
     left: AtomicU64,
@@ -60,12 +59,12 @@ pub struct Detour {
 }
 
 impl Detour {
-    /// The first `count` requests are answered as if they had asked for `target`, such as `/fault/reset/64KiB`.
+    /// The first `count` requests receive the response for `target`, such as `/fault/reset/64KiB`.
     pub fn of_first(count: u64, target: Uri) -> Arc<Detour> {
         Arc::new(Detour { left: AtomicU64::new(count), target })
     }
 
-    /// What this request is to be answered as, which is taken to ask for `target`.
+    /// The target for this request: the detour's, or the request's own `target`.
     fn of<'t>(&'t self, target: &'t Uri) -> &'t Uri {
         let strikes = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
         if strikes.is_ok() { &self.target } else { target }
@@ -73,10 +72,11 @@ impl Detour {
 }
 
 impl Origin {
-    /// Listens on `address`; port 0 is a free one.
+    /// Listens on `address`; port 0 selects a free port.
     ///
     /// # Errors
-    /// Those of resolving the address and of listening on it.
+    ///
+    /// If the address cannot be resolved, or listening on it fails.
     pub fn bind(address: impl ToSocketAddrs) -> io::Result<Origin> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
@@ -84,26 +84,27 @@ impl Origin {
         Ok(Origin { listener, address, counters: Arc::default(), detour: Arc::default() })
     }
 
-    /// Lets a mishap befall its first requests.
+    /// Applies `detour` to its first requests.
     pub fn detour(self, detour: &Arc<Detour>) -> Origin {
         Origin { detour: detour.clone(), ..self }
     }
 
-    /// Where it listens.
+    /// The address of the listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Answers on a thread of its own, until the returned handle is dropped.
+    /// Serves requests on a thread of its own until the returned handle is dropped.
     ///
     /// # Errors
-    /// When the thread or its event loop cannot be made.
+    ///
+    /// If the thread or its event loop cannot be created.
     pub fn spawn(self) -> io::Result<Running> {
         let (stop, stopped) = oneshot::channel::<()>();
         let (address, counters) = (self.address, self.counters.clone());
         let runtime = event_loop()?;
         let thread = thread::Builder::new().name("origin".to_owned()).spawn(move || {
-            // The channel carries nothing: it ends when the handle is dropped.
+            // The channel carries no messages; it closes when the handle is dropped.
             let served = runtime.block_on(self.serve(async move { _ = stopped.await }));
             if let Err(error) = served {
                 tracing::error!(%error, "the test origin stopped");
@@ -112,10 +113,11 @@ impl Origin {
         Ok(Running { address, counters, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// Answers on this thread, until `stop` is done.
+    /// Serves requests on this thread until `stop` completes.
     ///
     /// # Errors
-    /// When the event loop cannot be made; a connection that fails is no error.
+    ///
+    /// If the event loop cannot be created. A failed connection is not an error.
     pub fn run(self, stop: impl Future<Output = ()>) -> io::Result<()> {
         event_loop()?.block_on(self.serve(stop))
     }
@@ -130,7 +132,7 @@ impl Origin {
     }
 }
 
-/// A test origin that answers, until this is dropped.
+/// A running test origin. It stops on drop.
 pub struct Running {
     address: SocketAddr,
     counters: Arc<Counters>,
@@ -139,32 +141,32 @@ pub struct Running {
 }
 
 impl Running {
-    /// Where it listens.
+    /// The address of the listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Requests whose header came whole, since it was started.
+    /// Number of requests with a complete header, since the start.
     pub fn requests(&self) -> u64 {
         self.counters.requests.load(Ordering::Relaxed)
     }
 
-    /// Connections that are open now.
+    /// Number of open connections.
     pub fn connections(&self) -> u64 {
         self.counters.connections.load(Ordering::Relaxed)
     }
 
-    /// Connections accepted since it was started.
+    /// Number of accepted connections since the start.
     pub fn accepted(&self) -> u64 {
         self.counters.accepted.load(Ordering::Relaxed)
     }
 
-    /// Requests that were begun and whose answer the kernel has not taken whole.
+    /// Number of requests in progress: the kernel has not accepted their whole response yet.
     pub fn busy(&self) -> u64 {
         self.counters.busy.load(Ordering::Relaxed)
     }
 
-    /// Bytes of request bodies that came since it was started, freed from their framing.
+    /// Bytes of request bodies since the start, without their framing.
     pub fn body_bytes(&self) -> u64 {
         self.counters.body_bytes.load(Ordering::Relaxed)
     }
@@ -174,13 +176,13 @@ impl Drop for Running {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // Its panic, if it had one, is on stderr already.
+            // The thread has already printed its panic, if any, to stderr.
             let _ = thread.join();
         }
     }
 }
 
-/// What tests ask an origin about.
+/// The counters for tests.
 #[derive(Default)]
 struct Counters {
     requests: AtomicU64,
@@ -190,7 +192,7 @@ struct Counters {
     body_bytes: AtomicU64,
 }
 
-/// Counts a request, which is in the works for as long as this lives.
+/// Counts a request, as in progress until this is dropped.
 struct Busy<'c>(&'c Counters);
 
 impl<'c> Busy<'c> {
@@ -207,7 +209,7 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// Counts one open connection for as long as it lives.
+/// Counts an open connection until this is dropped.
 struct Open(Arc<Counters>);
 
 impl Open {
@@ -224,14 +226,14 @@ impl Drop for Open {
     }
 }
 
-/// One thread is enough for a test origin, and leaves the other cores to what is tested.
+/// One thread is sufficient for a test origin, and leaves the other cores to the tested gateway.
 fn event_loop() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
 async fn accept(listener: tokio::net::TcpListener, counters: Arc<Counters>, detour: Arc<Detour>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    // The semaphore is never closed, so a place is always given.
+    // The semaphore is never closed, so acquiring it cannot fail.
     while let Ok(place) = places.clone().acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -250,7 +252,7 @@ async fn accept(listener: tokio::net::TcpListener, counters: Arc<Counters>, deto
     }
 }
 
-/// One connection: request after request, until one of the two sides has had enough.
+/// Serves one connection, request by request, until either side closes it.
 async fn converse(stream: TcpStream, counters: &Counters, detour: &Detour) {
     let mut wire = wire::Wire::new(stream);
     loop {

@@ -1,16 +1,16 @@
-//! Text that others have chosen, made fit to be shown: it can neither steer a terminal nor look like something else.
+//! Escaping of text from clients, so that it can neither control a terminal nor look like other text.
 //!
-//! A client chooses its path, its host and more, and an operator looks at them on a terminal. Control characters, C0
-//! and C1 alike, move its cursor and change its colours; those that change the direction of writing, and those without
-//! a width, make a text look like another one. The access log and the command line escape the same characters, which
-//! are listed here once.
+//! A client chooses its path, its host and more, and an operator reads them on a terminal. Control characters (C0 and
+//! C1) move the cursor and change colours. Characters that change the direction of writing, and characters without a
+//! width, make a text look like another one. The access log and the command line both escape the characters listed
+//! here.
 
 use std::borrow::Cow;
 use std::io::Write;
 use std::net::IpAddr;
 
-/// Whether a character does something else than to be seen: a control character, one that changes the direction of
-/// writing, one without a width, one that ends a line.
+/// Whether a character has an invisible effect: a control character, one that changes the direction of writing, one
+/// without a width, or one that ends a line.
 pub fn steers(character: char) -> bool {
     character.is_control()
         || matches!(character,
@@ -18,13 +18,13 @@ pub fn steers(character: char) -> bool {
             | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// The text with each character that [`steers`] written as JSON would escape it: `\u009b`. So a line of JSON stays one,
-/// and means the same. Copied only if there is such a character.
+/// Escapes each character that [`steers`] as JSON does: `\u009b`. A line of JSON stays one line with the same meaning.
+/// The text is copied only if it has such a character.
 pub fn printable(text: &str) -> Cow<'_, str> {
     shown(text, |_| false)
 }
 
-/// The same, but for the characters that `stay`.
+/// As [`printable`], except for the characters for which `stay` is true.
 pub fn shown(text: &str, stay: impl Fn(char) -> bool) -> Cow<'_, str> {
     let escaped = |character: char| steers(character) && !stay(character);
     if !text.chars().any(escaped) {
@@ -41,12 +41,12 @@ pub fn shown(text: &str, stay: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// Calls `each` for the one or two units of UTF-16 that JSON escapes a character by (RFC 8259 §7).
+/// Calls `each` for each of the one or two UTF-16 units of the JSON escape of a character (RFC 8259 §7).
 pub fn escape(character: char, each: impl FnMut(u16)) {
     character.encode_utf16(&mut [0; 2]).iter().copied().for_each(each);
 }
 
-/// Writes an address. One of IPv4 by hand, for each exchange has one to write.
+/// Writes an address. IPv4 has its own code, since each exchange writes an address.
 pub fn address(text: &mut Vec<u8>, address: IpAddr) {
     let IpAddr::V4(address) = address else {
         // Writing to a vector cannot fail.
@@ -61,7 +61,7 @@ pub fn address(text: &mut Vec<u8>, address: IpAddr) {
     }
 }
 
-/// Writes a number with at least this number of digits.
+/// Writes a number with at least `least` digits.
 pub fn digits(text: &mut Vec<u8>, mut number: u64, least: usize) {
     if number < 10 && least == 1 {
         return text.push(b'0' + number as u8);

@@ -32,7 +32,7 @@ pub struct Wanted {
     pub path: Option<String>,
     /// The range of statuses, inclusive.
     pub status: Option<(u16, u16)>,
-    /// The least duration.
+    /// The minimum duration.
     pub slower_than: Option<Duration>,
 }
 

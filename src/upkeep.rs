@@ -1,7 +1,7 @@
-//! Work in the background for things that come and go with the configuration: upstreams, certificates, issuers.
+//! Background work for objects of the configuration: upstreams, certificates, issuers.
 //!
-//! [`InUse`] says which of them are in use, [`Upkeep`] is the service that works for exactly these. What stays in use
-//! from one configuration to the next is worked for without a break.
+//! [`InUse`] holds the objects in use, and [`Upkeep`] is the service that works for them. For an object that stays in
+//! use across configurations, the work continues without a break.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-/// What has something done for it in the background for as long as it is in use.
+/// An object with background work for as long as it is in use.
 pub trait Kept: Send + Sync + 'static {
-    /// Does it. It is dropped at any `.await` when this is in use no longer.
+    /// Does the work. The future is dropped at any `.await` once the object is no longer in use.
     fn keep(self: Arc<Self>) -> BoxFuture<'static, ()>;
 }
 
-/// Says what is in use. Clones share it.
+/// Sets the objects in use. Clones share them.
 pub struct InUse<T>(Arc<watch::Sender<Vec<Arc<T>>>>);
 
 impl<T> Clone for InUse<T> {
@@ -29,38 +29,38 @@ impl<T> Clone for InUse<T> {
 }
 
 impl<T: Kept> InUse<T> {
-    /// These are in use from now on, and no others.
+    /// Replaces the objects in use.
     pub fn set(&self, in_use: Vec<Arc<T>>) {
         self.0.send_replace(in_use);
     }
 
-    /// Those that are in use now.
+    /// The objects in use.
     pub fn now(&self) -> Vec<Arc<T>> {
         self.0.borrow().clone()
     }
 }
 
-/// The service that works for what is in use.
+/// The service that works for the objects in use.
 pub struct Upkeep<T> {
     in_use: watch::Receiver<Vec<Arc<T>>>,
-    /// It begins when this says so.
+    /// The work begins once this is true.
     begin: watch::Receiver<bool>,
 }
 
-/// A service of this name, with a thread of its own, and what tells it what is in use: nothing yet.
+/// Creates a service with this name and a thread of its own, and the handle that sets its objects; initially none.
 pub fn service<T: Kept>(name: &str) -> (InUse<T>, GenBackgroundService<Upkeep<T>>) {
     let (_, at_once) = watch::channel(true);
     service_from(name, at_once)
 }
 
-/// The same for work that begins only when `begin` says so: until then another process may do it.
+/// Creates a service that starts only once `begin` is true; until then another process may do the work.
 pub fn service_from<T: Kept>(name: &str, begin: watch::Receiver<bool>) -> (InUse<T>, GenBackgroundService<Upkeep<T>>) {
     let (sender, in_use) = watch::channel(Vec::new());
     let upkeep = Arc::new(Upkeep { in_use, begin });
     (InUse(Arc::new(sender)), GenBackgroundService::new(name.to_owned(), upkeep))
 }
 
-/// Stops its task when it is dropped.
+/// A task that is aborted on drop.
 struct Task(AbortHandle);
 
 impl Drop for Task {
@@ -74,7 +74,7 @@ impl<T: Kept> BackgroundService for Upkeep<T> {
     async fn start(&self, mut shutdown: ShutdownWatch) {
         let (mut told, mut begin) = (self.in_use.clone(), self.begin.clone());
         tokio::select! {
-            // An error means that the gateway stops.
+            // An error means that the gateway shuts down.
             begun = begin.wait_for(|begun| *begun) => if begun.is_err() { return },
             _ = shutdown.changed() => return,
         }
@@ -83,7 +83,7 @@ impl<T: Kept> BackgroundService for Upkeep<T> {
             let in_use = told.borrow_and_update().clone();
             let mut kept = HashMap::with_capacity(in_use.len());
             for one in in_use {
-                // A task holds what it works for, so that no other can have this address.
+                // The task keeps its object alive, so no other object can have the same address.
                 let key = Arc::as_ptr(&one) as usize;
                 let task = tasks.remove(&key).unwrap_or_else(|| Task(tokio::spawn(one.keep()).abort_handle()));
                 kept.insert(key, task);
@@ -91,7 +91,7 @@ impl<T: Kept> BackgroundService for Upkeep<T> {
             tasks = kept;
             tokio::select! {
                 changed = told.changed() => if changed.is_err() {
-                    // What is in use cannot change any more.
+                    // The objects in use cannot change any more.
                     let _ = shutdown.changed().await;
                     return;
                 },
@@ -121,7 +121,7 @@ mod tests {
 
     impl Kept for Thing {
         fn keep(self: Arc<Self>) -> BoxFuture<'static, ()> {
-            // Counts up by a hundred each time it begins, and by one for as long as it goes on.
+            // Adds 101 on each start; 100 remain once the work has stopped.
             self.0.fetch_add(101, Ordering::SeqCst);
             let worked = Worked(self.0.clone());
             async move {

@@ -1,39 +1,39 @@
-//! What a refusal is to a gRPC client: a status code, and a message that fits into a header.
+//! The mapping of refusals to gRPC: a status code, and a message for a header field.
 //!
-//! gRPC answers every call with HTTP 200 and says how it went in `grpc-status`. A client that gets any other HTTP
-//! status guesses a code from it, and guesses wrong where it matters: 504 becomes UNAVAILABLE, which means "try again".
+//! gRPC responds to every call with HTTP 200 and reports the result in `grpc-status`. For any other HTTP status, a
+//! client derives a code itself, sometimes a wrong one: 504 becomes UNAVAILABLE, which means "try again".
 
 use std::fmt::Write;
 
 use super::Refusal;
 
-/// The codes of gRPC (`google.rpc.Code`) that Forebay gives.
+/// The codes of gRPC (`google.rpc.Code`) that Forebay uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Code {
-    /// The client has given the call up.
+    /// The client cancelled the call.
     Cancelled = 1,
-    /// Nothing better is known.
+    /// An unknown error.
     Unknown = 2,
     /// The deadline of the call has passed.
     DeadlineExceeded = 4,
     /// The caller may not do this.
     PermissionDenied = 7,
-    /// A limit is reached: of a rate, of a size, of a quota.
+    /// A limit was reached, such as a rate, a size or a quota.
     ResourceExhausted = 8,
-    /// The system is not in the state that the caller asked for.
+    /// The system is not in the state that the call requires.
     FailedPrecondition = 9,
-    /// The call collided with another one.
+    /// The call conflicts with another one.
     Aborted = 10,
-    /// It asks for something past the end.
+    /// The requested range is beyond the end.
     OutOfRange = 11,
     /// The method does not exist.
     Unimplemented = 12,
-    /// Something that must hold does not.
+    /// An internal invariant is violated.
     Internal = 13,
     /// The service is unavailable; a retry may help.
     Unavailable = 14,
-    /// The caller has not said who it is.
+    /// The caller is not authenticated.
     Unauthenticated = 16,
 }
 
@@ -63,7 +63,7 @@ impl Refusal {
         let (phase, cause) = self.reason.split_once('.').unwrap_or((self.reason, ""));
         match (phase, cause) {
             (_, "deadline") => Code::DeadlineExceeded,
-            // No byte of the call has reached a server, so trying again is safe, also after a timeout.
+            // No byte of the call was sent to a server, so a retry is safe, even after a timeout.
             ("connect", _) => Code::Unavailable,
             _ => Code::of_http(self.status),
         }
@@ -75,7 +75,7 @@ impl Refusal {
     }
 }
 
-/// A message as `grpc-message` carries it: printable ASCII, and everything else percent-encoded, byte by byte
+/// Encodes a message for `grpc-message`: printable ASCII is kept, and all other bytes are percent-encoded
 /// (PROTOCOL-HTTP2, "Status-Message").
 pub fn encode(message: &str) -> String {
     let mut encoded = String::with_capacity(message.len());

@@ -1,8 +1,8 @@
-//! Paths into a configuration, such as `routes[2].match.headers."x.y"`: how one is written, read and followed.
+//! Paths into a configuration, such as `routes[2].match.headers."x.y"`: writing, parsing and following them.
 //!
-//! A path is text, for it is shown to the operator. A step is the name of an entry or the index of an item. A name that
-//! holds a dot, a bracket, a quote or white space stands in quotes, so every path has one meaning only: `a.b` is the
-//! entry `b` of `a`, and `"a.b"` is the entry of that name.
+//! A path is text, since it is shown to the operator. A step is the name of an entry or the index of an item. A name
+//! with a dot, a bracket, a quote or white space is quoted, so that every path has only one meaning: `a.b` is the entry
+//! `b` of `a`, and `"a.b"` is the entry with that name.
 
 use std::borrow::Cow;
 
@@ -15,13 +15,13 @@ pub enum Step<'p> {
     Index(usize),
 }
 
-/// What a path can be followed through.
+/// A tree that paths can be followed through.
 pub trait Tree {
-    /// What one step leads to.
+    /// The target of one step.
     fn child(&self, step: &Step<'_>) -> Option<&Self>;
 }
 
-/// Writes `name` as one step of a path: in quotes if it could be read in another way without them.
+/// Writes `name` as one step of a path: in quotes if it would be ambiguous without them.
 pub fn key(name: &str) -> Cow<'_, str> {
     if !name.is_empty() && !name.contains(needs_quotes) {
         return name.into();
@@ -54,12 +54,12 @@ pub fn parent<'p>(path: &'p str, name: &str) -> Option<&'p str> {
     if map.is_empty() { Some(map) } else { map.strip_suffix('.') }
 }
 
-/// Whether `path` is `outer` or leads to something inside of it.
+/// Whether `path` is `outer` or is below it.
 pub fn is_within(path: &str, outer: &str) -> bool {
     path.strip_prefix(outer).is_some_and(|rest| outer.is_empty() || rest.is_empty() || rest.starts_with(['.', '[']))
 }
 
-/// Takes the first step of a path; returns it and the rest. `None` if the path is empty or malformed.
+/// Splits off the first step of a path. Returns the step and the rest; `None` if the path is empty or malformed.
 fn split_first(path: &str) -> Option<(Step<'_>, &str)> {
     if let Some(index) = path.strip_prefix('[') {
         let (index, rest) = index.split_once(']')?;
@@ -73,7 +73,7 @@ fn split_first(path: &str) -> Option<(Step<'_>, &str)> {
     (!name.is_empty()).then_some((Step::Key(name.into()), rest))
 }
 
-/// Takes a name up to the quote that closes it.
+/// Parses a quoted name up to its closing quote.
 fn split_quoted(text: &str) -> Option<(Step<'_>, &str)> {
     let mut name = String::new();
     let mut chars = text.char_indices();
@@ -87,7 +87,7 @@ fn split_quoted(text: &str) -> Option<(Step<'_>, &str)> {
     None
 }
 
-/// The steps of a path, as far as it is one.
+/// The steps of a path, up to its first malformed step.
 pub fn steps(path: &str) -> impl Iterator<Item = Step<'_>> {
     let mut rest = path;
     std::iter::from_fn(move || {
@@ -97,19 +97,19 @@ pub fn steps(path: &str) -> impl Iterator<Item = Step<'_>> {
     })
 }
 
-/// Follows `path` from `root`, one step at a time, as far as it leads.
+/// Follows `path` from `root` step by step, as far as the steps exist.
 pub fn follow<'t, 'p, T: Tree>(root: &'t T, path: &'p str) -> Follow<'t, 'p, T> {
     Follow { at: root, rest: path }
 }
 
-/// The steps of a path that exist in a tree, each with what it leads to.
+/// The existing steps of a path in a tree, each with its target.
 pub struct Follow<'t, 'p, T> {
     at: &'t T,
     rest: &'p str,
 }
 
 impl<'t, T> Follow<'t, '_, T> {
-    /// Where the steps that were taken have led.
+    /// The target of the steps taken so far.
     pub fn at(&self) -> &'t T {
         self.at
     }

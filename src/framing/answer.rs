@@ -165,7 +165,7 @@ mod tests {
         /// For GET: the framing as received, and as sent to clients of HTTP/1.0, HTTP/1.1 and HTTP/2. For HEAD: the
         /// `Content-Length`.
         Passes(&'static str, [&'static str; 3], Option<u64>),
-        /// A fault for GET and HEAD; `FaultyBody` is one for GET only, with this result for HEAD.
+        /// A fault for GET and HEAD; `FaultyBody` is a fault for GET only.
         Faulty(Fault),
         FaultyBody(Fault),
     }

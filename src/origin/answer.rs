@@ -1,7 +1,6 @@
-//! Carries out what a path asked for: the good answers first, then the faults.
+//! Carries out the behaviour that a path selects: correct responses first, then the faults.
 //!
-//! The request body is always read whole before the answer, unless a fault says otherwise, so that the origin never
-//! answers by accident before it was asked to the end.
+//! Unless a fault requires otherwise, the origin reads the whole request body before it responds.
 
 use std::fmt::Write as _;
 use std::io;
@@ -18,10 +17,10 @@ use super::digest::Digest;
 use super::wire::{Broken, Framing, Request, Wire};
 use super::{Counters, PATHS, websocket};
 
-/// The largest body that is echoed, and so kept in memory.
+/// Maximum size of an echoed body, which is kept in memory.
 const ECHO_BYTES_MAX: u64 = 64 << 20;
 
-/// What is gathered before it is sent, and the largest chunk.
+/// Size at which the output is sent, and maximum size of a chunk.
 const PIECE_BYTES: usize = 64 * 1024;
 
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
@@ -29,14 +28,14 @@ const SLOW_HEADER_PAUSE: Duration = Duration::from_millis(100);
 
 const TEXT: &str = "text/plain; charset=utf-8";
 
-/// What becomes of the connection after an answer.
+/// The state of the connection after a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     Request,
     Close,
 }
 
-/// Answers one request as `target` asks, which is its own but for a detour.
+/// Responds to one request. `target` is the request's own target, or that of a detour.
 pub async fn answer(wire: &mut Wire, request: &Request, target: &Uri, counters: &Counters) -> Result<Next, Broken> {
     let plan = Plan::of(target);
     if let Ok(Plan { behaviour: Behaviour::Fault(kind), delay }) = plan
@@ -82,7 +81,7 @@ pub async fn answer(wire: &mut Wire, request: &Request, target: &Uri, counters: 
     }
 }
 
-/// Tells the sender of a wrong request so, if the connection allows it, and closes.
+/// Sends an error response to an invalid request, if the connection still works, and closes.
 pub async fn give_up(wire: &mut Wire, broken: Broken) {
     let (status, why) = match broken {
         Broken::Request(status, why) => (status, why),
@@ -97,7 +96,7 @@ pub async fn give_up(wire: &mut Wire, broken: Broken) {
     }
 }
 
-/// Asks for the body where the client waits for that.
+/// Sends `100 Continue` if the client waits for it.
 async fn ask_for_body(wire: &mut Wire, request: &Request) -> io::Result<()> {
     if request.waits_for_continue() {
         wire.send(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
@@ -105,23 +104,23 @@ async fn ask_for_body(wire: &mut Wire, request: &Request) -> io::Result<()> {
     Ok(())
 }
 
-/// A request body: its length, and what was asked for of it.
+/// A received request body: its length, and the requested data.
 struct Body {
     length: u64,
     kept: BytesMut,
     digest: Digest,
 }
 
-/// What is wanted of a body beside its length.
+/// The data to keep of a body, in addition to its length.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Keep {
     Nothing,
     Digest,
-    /// Its bytes, unless they are too many.
+    /// Its bytes, up to the limit.
     Bytes,
 }
 
-/// Reads a body to its end, or until `stop` bytes of it have come.
+/// Reads a body to its end, or until `stop` bytes of it were received.
 async fn read_body(
     wire: &mut Wire,
     mut framing: Framing,
@@ -144,18 +143,18 @@ async fn read_body(
     Ok(body)
 }
 
-/// How an answer's body is framed.
+/// The framing of a response body.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Coding {
-    /// `Content-Length` says where it ends, or there is none.
+    /// `Content-Length`, or no body.
     Length,
     /// Chunked (RFC 9112 §7.1).
     Chunked,
-    /// The end of the connection is its end: what HTTP/1.0 has in place of chunks.
+    /// The body ends with the connection, as in HTTP/1.0, which has no chunks.
     Close,
 }
 
-/// An answer in the making; it leaves in pieces of 64 KiB, or when it is flushed.
+/// A response that is being written. The output is sent in pieces of 64 KiB, and when it is flushed.
 pub struct Response<'w> {
     pub wire: &'w mut Wire,
     out: BytesMut,
@@ -177,15 +176,16 @@ impl<'w> Response<'w> {
         }
     }
 
-    /// Answers as if the client knew no chunks: what has no length ends with the connection.
+    /// Responds as if the client spoke HTTP/1.0: a body without a length ends with the connection.
     fn unframed(mut self) -> Self {
         self.http10 = true;
         self
     }
 
-    /// Writes the header. No `length` means chunked, or until the connection ends where the client knows no chunks.
+    /// Writes the header. Without `length` the body is chunked, or ends with the connection if the client has no
+    /// chunks.
     pub fn begin(&mut self, status: StatusCode, fields: &[(&str, &str)], length: Option<u64>) {
-        // RFC 9110 §6.4.1: these have no body, whatever their header says.
+        // RFC 9110 §6.4.1: these have no body, whatever their header announces.
         let bodiless = matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         self.head |= bodiless;
         self.coding = match length {
@@ -211,11 +211,11 @@ impl<'w> Response<'w> {
     }
 
     fn line(&mut self, line: std::fmt::Arguments<'_>) {
-        // Writing to memory that grows cannot fail.
+        // Writing to memory cannot fail.
         let _ = write!(self.out, "{line}\r\n");
     }
 
-    /// Adds a piece of the body; an empty one adds nothing.
+    /// Adds a piece of the body. An empty piece has no effect.
     pub async fn piece(&mut self, piece: &[u8]) -> io::Result<()> {
         if self.head || piece.is_empty() {
             return Ok(());
@@ -256,7 +256,7 @@ impl<'w> Response<'w> {
         Ok(Next::Close)
     }
 
-    /// A whole short answer of plain text.
+    /// Sends a complete short response in plain text.
     pub async fn text(self, status: StatusCode, text: &str) -> Result<Next, Broken> {
         self.whole(status, TEXT, text.as_bytes()).await
     }
@@ -276,7 +276,7 @@ impl<'w> Response<'w> {
     }
 
     async fn status(self, status: StatusCode) -> Result<Next, Broken> {
-        // RFC 9110 §15.3.6: a 205 has a length, and it is 0.
+        // RFC 9110 §15.3.6: a 205 has length 0.
         let body = match status {
             StatusCode::RESET_CONTENT => String::new(),
             _ => format!("{} {}\n", status.as_str(), reason(status)),
@@ -321,7 +321,7 @@ impl<'w> Response<'w> {
         self.paced("text/event-stream", events, EVENT_PAUSE, |n| format!("id: {n}\ndata: event {n}\n\n")).await
     }
 
-    /// `pieces` pieces, numbered from 1, each of which leaves at once.
+    /// Sends `pieces` pieces, numbered from 1, each without delay in a buffer.
     async fn paced(
         mut self,
         content_type: &str,
@@ -341,7 +341,7 @@ impl<'w> Response<'w> {
         self.end(&[]).await
     }
 
-    /// RFC 8297. An HTTP/1.0 client knows no interim answers and gets none (RFC 9110 §15.2).
+    /// RFC 8297. An HTTP/1.0 client receives no interim responses (RFC 9110 §15.2).
     async fn early_hints(self) -> Result<Next, Broken> {
         if !self.http10 {
             self.wire.send(b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload; as=style\r\n\r\n").await?;
@@ -356,7 +356,7 @@ impl<'w> Response<'w> {
     }
 }
 
-/// The words behind a status, empty where no standard gives any.
+/// The reason phrase of a status; empty if no standard defines one.
 fn reason(status: StatusCode) -> &'static str {
     status.canonical_reason().unwrap_or_default()
 }

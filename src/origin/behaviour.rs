@@ -1,6 +1,7 @@
-//! What a path asks of the test origin, understood before anything is sent.
+//! Parses the path of a request into the test origin's behaviour, before any byte is sent.
 //!
-//! A pure decision: `answer` carries it out. `paths.txt` tells the same to people, and a test holds them together.
+//! This is a pure decision that `answer` carries out. `paths.txt` documents the paths, and a test checks that both
+//! agree.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -13,13 +14,13 @@ const BYTES_MAX: u64 = 1 << 40;
 const PIECES_MAX: u64 = 1_000_000;
 const TIME_MAX: Duration = Duration::from_secs(3600);
 
-/// Events of `/sse` where the path gives no number.
+/// Default number of events for `/sse`.
 const EVENTS: u64 = 100;
 
-/// What `/fault/half` announces where the path gives no number.
+/// Default length that `/fault/half` announces.
 const HALF_OF_BYTES: u64 = 1000;
 
-/// What to do with a request.
+/// The behaviour for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Behaviour {
     Index,
@@ -38,7 +39,7 @@ pub enum Behaviour {
     Fault(Fault),
 }
 
-/// A way to misbehave.
+/// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     Close,
@@ -55,30 +56,30 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Whether it strikes as soon as the request header is there, rather than after the body.
+    /// Whether the fault occurs as soon as the request header was read, without waiting for the body.
     pub fn ignores_body(self) -> bool {
         matches!(self, Fault::Close | Fault::Reset(_) | Fault::Hang | Fault::Early)
     }
 }
 
-/// A behaviour and the time that passes before it.
+/// A behaviour and the delay before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     pub delay: Duration,
     pub behaviour: Behaviour,
 }
 
-/// Why a path is none of ours.
+/// The reason why a path is invalid.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Unknown {
-    /// No such path.
+    /// The path does not exist.
     Path,
-    /// The path is right but for this.
+    /// The path exists, but its argument is invalid for this reason.
     Argument(String),
 }
 
 impl Plan {
-    /// What `target` asks for.
+    /// The plan for `target`.
     pub fn of(target: &Uri) -> Result<Plan, Unknown> {
         let segments: Vec<&str> = target.path().trim_start_matches('/').split('/').collect();
         let mut delay = Duration::ZERO;
@@ -129,14 +130,14 @@ fn fault(name: &str) -> Option<Fault> {
     })
 }
 
-/// A number of bytes. Here a bare one is allowed: nobody would write `/bytes/10B`.
+/// Parses a number of bytes. The unit is optional here, as in `/bytes/10`.
 fn size(text: &str) -> Result<u64, Unknown> {
     let bytes = text.parse().or_else(|_| text.parse().map(|Size(bytes)| bytes));
     let expected = || Unknown::Argument(format!("`{text}` is not a size: write 1000 or 64KiB, at most 1TiB"));
     bytes.ok().filter(|bytes| *bytes <= BYTES_MAX).ok_or_else(expected)
 }
 
-/// A time; a bare number is of milliseconds.
+/// Parses a time. A number without a unit is in milliseconds.
 fn time(text: &str) -> Result<Duration, Unknown> {
     let time = text.parse().map(Duration::from_millis).or_else(|_| text.parse().map(|Time(time)| time));
     let expected = || Unknown::Argument(format!("`{text}` is not a time: write 250, 250ms or 2s, at most 1h"));
@@ -153,7 +154,7 @@ fn status(text: &str) -> Result<StatusCode, Unknown> {
     text.parse().ok().filter(|status: &StatusCode| (200..600).contains(&status.as_u16())).ok_or_else(expected)
 }
 
-/// A prime number of lines, so that no buffer's size divides the block and a lost or doubled buffer shows.
+/// A prime number, so that no buffer size divides the block. A lost or repeated buffer is then detected.
 const BLOCK_LINES: usize = 65_521;
 
 static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -161,15 +162,15 @@ static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
     lines.collect::<String>().into_bytes()
 });
 
-/// The first `length` bytes of what `/bytes` and `/chunked` send: lines of 16 bytes, each with its own offset in
-/// hex, begun anew after 1,048,336 bytes.
+/// The first `length` bytes of the body of `/bytes` and `/chunked`: lines of 16 bytes with their own offset in hex,
+/// repeated every 1,048,336 bytes.
 pub fn content(length: usize) -> Vec<u8> {
     BLOCK.iter().copied().cycle().take(length).collect()
 }
 
-/// The bytes of [`content`] from `offset` on: at least one and at most `limit`, which is not 0.
+/// Bytes of [`content`] from `offset` on: at least one and at most `limit`, which must not be 0.
 pub fn content_from(offset: u64, limit: u64) -> &'static [u8] {
-    // Both fit: the rest of a division by a `usize`, and the lesser of a `usize` and something else.
+    // Both conversions fit: a remainder below a `usize`, and a minimum with a `usize`.
     let start = (offset % BLOCK.len() as u64) as usize;
     let length = limit.min((BLOCK.len() - start) as u64) as usize;
     &BLOCK[start..start + length]

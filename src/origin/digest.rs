@@ -1,4 +1,4 @@
-//! The SHA-256 of what came or is to come, piece by piece: how two ends of a transfer compare it without keeping it.
+//! Incremental SHA-256, with which both ends of a transfer compare it without storing it.
 
 use std::fmt::Write as _;
 
@@ -6,7 +6,7 @@ use pingora::tls::hash::{Hasher, MessageDigest};
 
 use super::behaviour::content_from;
 
-/// The length and the SHA-256 of bytes that pass.
+/// The length and the SHA-256 of a stream of bytes.
 pub struct Digest {
     length: u64,
     hasher: Hasher,
@@ -14,13 +14,13 @@ pub struct Digest {
 
 impl Default for Digest {
     fn default() -> Self {
-        // OpenSSL is built in, and SHA-256 is in every build of it; see the method below for what may fail.
+        // The built-in OpenSSL always has SHA-256.
         Digest { length: 0, hasher: Hasher::new(MessageDigest::sha256()).expect("OpenSSL knows SHA-256") }
     }
 }
 
 impl Digest {
-    /// That of the first `length` bytes of [`content`](super::content).
+    /// The digest of the first `length` bytes of [`content`](super::content).
     pub fn of_content(length: u64) -> Digest {
         let mut digest = Digest::default();
         while digest.length < length {
@@ -32,26 +32,28 @@ impl Digest {
     /// Adds a piece.
     ///
     /// # Panics
-    /// Never but for a lack of memory: hashing what lies in memory cannot fail otherwise.
+    ///
+    /// Only if memory is exhausted.
     pub fn add(&mut self, piece: &[u8]) {
         self.length += piece.len() as u64;
         self.hasher.update(piece).expect("memory to hash in");
     }
 
-    /// How many bytes have passed.
+    /// Number of bytes added so far.
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The SHA-256 of them in lower-case hex. The next byte begins anew.
+    /// The SHA-256 in lower-case hex. Also resets the digest.
     ///
     /// # Panics
-    /// Never but for a lack of memory, as above.
+    ///
+    /// Only if memory is exhausted.
     pub fn sha256(&mut self) -> String {
         self.length = 0;
         let hash = self.hasher.finish().expect("memory to hash in");
         hash.iter().fold(String::with_capacity(64), |mut hex, byte| {
-            // Writing to memory that grows cannot fail.
+            // Writing to memory cannot fail.
             let _ = write!(hex, "{byte:02x}");
             hex
         })

@@ -1,4 +1,4 @@
-//! A WebSocket that echoes every message (RFC 6455): the handshake, then frame for frame.
+//! A WebSocket that echoes each message (RFC 6455): the handshake, then frame by frame.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -10,14 +10,14 @@ use pingora::tls::hash::{MessageDigest, hash};
 use super::answer::{Next, Response};
 use super::wire::{Broken, Request, Wire};
 
-/// The longest frame that is echoed; a longer one ends the connection.
+/// Maximum length of an echoed frame. A longer one closes the connection.
 const FRAME_BYTES_MAX: u64 = 1 << 20;
 
 const CLOSE: u8 = 8;
 const PING: u8 = 9;
 const PONG: u8 = 10;
 
-/// Shakes hands and echoes until the peer closes; asks for an upgrade where the request was none.
+/// Performs the handshake and echoes until the peer closes. A request without an upgrade receives a 426 response.
 pub async fn answer(mut response: Response<'_>, request: &Request) -> Result<Next, Broken> {
     let Some(accept) = accept_key(request) else {
         let fields = [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")];
@@ -31,7 +31,8 @@ pub async fn answer(mut response: Response<'_>, request: &Request) -> Result<Nex
     echo(response.wire).await
 }
 
-/// RFC 6455 §4.2.2: what proves to the client that its handshake was understood. `None` if it was no handshake.
+/// The value of `Sec-WebSocket-Accept`, which proves that the server understood the handshake (RFC 6455 §4.2.2). `None`
+/// if the request is not a handshake.
 fn accept_key(request: &Request) -> Option<String> {
     let upgrade = request.method == Method::GET
         && request.names(CONNECTION, "upgrade")
@@ -70,7 +71,7 @@ async fn echo(wire: &mut Wire) -> Result<Next, Broken> {
     }
 }
 
-/// A frame as a server sends it: unmasked.
+/// Encodes a frame of a server, which is unmasked.
 fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![first];
     match payload.len() {
@@ -88,7 +89,7 @@ fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// The `N` bytes that `Wire::exactly` was asked for.
+/// The `N` bytes that `Wire::exactly` returned.
 fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut array = [0; N];
     array.copy_from_slice(bytes);

@@ -1,7 +1,6 @@
-//! One connection of the test origin: request headers and bodies in, bytes out, nothing waited for longer than
-//! a minute.
+//! One connection of the test origin: reads request headers and bodies, writes bytes, and waits one minute at most.
 //!
-//! Bodies come piece by piece, so that an upload of any size costs no memory unless it is to be echoed.
+//! Bodies are read piece by piece, so that an upload of any size needs no memory unless it is echoed.
 
 use std::fmt;
 use std::io;
@@ -14,27 +13,27 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// How long a peer may send or take nothing, and how long a whole header may take.
+/// Maximum time without progress of a peer, and maximum time for a whole header.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// How long a peer is kept by a fault that waits for it to go away.
+/// Maximum time for a fault that waits until the peer closes.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 const HEADER_BYTES_MAX: usize = 64 * 1024;
 const HEADER_FIELDS_MAX: usize = 128;
 
-/// The longest line of chunked framing: a size with its extensions, or a trailer field.
+/// Maximum length of a line of chunked framing: a size with its extensions, or a trailer field.
 const LINE_BYTES_MAX: usize = 8 * 1024;
 
-/// What one read may bring.
+/// Size of a read, in bytes.
 const READ_BYTES: usize = 16 * 1024;
 
-/// Why a connection cannot go on.
+/// The reason why a connection ends.
 #[derive(Debug)]
 pub enum Broken {
-    /// The socket failed, or the peer went away or fell asleep in the middle of something.
+    /// The socket failed, or the peer closed or made no progress.
     Io(io::Error),
-    /// The request was wrong; this is what to tell its sender.
+    /// The request was invalid. The values are the response.
     Request(StatusCode, &'static str),
 }
 
@@ -56,17 +55,18 @@ pub struct Request {
 }
 
 impl Request {
-    /// Whether the client wants the connection kept. HTTP/1.0 clients never do: their `keep-alive` was no standard.
+    /// Whether the client keeps the connection open. HTTP/1.0 clients never do, since their `keep-alive` is not
+    /// standardized.
     pub fn keeps_alive(&self) -> bool {
         self.minor == 1 && !self.names(CONNECTION, "close")
     }
 
-    /// Whether the client holds its body back until it is asked for (RFC 9110 §10.1.1).
+    /// Whether the client waits for a 100 before it sends the body (RFC 9110 §10.1.1).
     pub fn waits_for_continue(&self) -> bool {
         self.minor == 1 && self.names(EXPECT, "100-continue") && !matches!(self.framing, Framing::Done)
     }
 
-    /// Whether a comma-separated header holds this word, in any case.
+    /// Whether a comma-separated header field contains this word, ignoring case.
     pub fn names(&self, header: HeaderName, word: &str) -> bool {
         let values = self.headers.get_all(header);
         values
@@ -76,24 +76,24 @@ impl Request {
     }
 }
 
-/// Where in the body of a request we are (RFC 9112 §6).
+/// The position in a request body (RFC 9112 §6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// So many bytes of a body of known length are left.
+    /// This number of bytes of a body of known length is left.
     Length(u64),
     /// The size of a chunk is next.
     ChunkSize,
-    /// So many bytes of a chunk are left.
+    /// This number of bytes of a chunk is left.
     Chunk(u64),
-    /// The line end behind a chunk is next.
+    /// The line end after a chunk is next.
     ChunkEnd,
     /// Trailer fields are next.
     Trailer,
-    /// The body is over.
+    /// The body is complete.
     Done,
 }
 
-/// How a body that has not begun is framed: `content-length: 5`, `chunked`, or `none` where there is none.
+/// The framing of a body before its first byte: `content-length: 5`, `chunked`, or `none` without a body.
 impl fmt::Display for Framing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -123,12 +123,12 @@ impl Framing {
     }
 }
 
-/// A `Content-Length`: digits alone, where `parse` would take a sign too.
+/// Parses a `Content-Length`: digits only, since `parse` would accept a sign.
 fn digits(text: &str) -> Option<u64> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
-/// A connection and what was read from it but not used yet.
+/// A connection, and the bytes that were read and not used yet.
 pub struct Wire {
     stream: TcpStream,
     unread: BytesMut,
@@ -136,12 +136,12 @@ pub struct Wire {
 
 impl Wire {
     pub fn new(stream: TcpStream) -> Self {
-        // Without it a drip of small pieces would be gathered by the kernel. A socket that refuses it is broken anyway.
+        // Without this option, the kernel would merge small pieces. A socket that rejects it is broken anyway.
         let _ = stream.set_nodelay(true);
         Wire { stream, unread: BytesMut::new() }
     }
 
-    /// The next request header; `None` if the peer closed or stayed idle instead.
+    /// Reads the next request header; `None` if the peer closed or stayed idle.
     pub async fn request(&mut self) -> Result<Option<Request>, Broken> {
         let header = async {
             loop {
@@ -181,7 +181,7 @@ impl Wire {
         Ok(Some(request))
     }
 
-    /// The next piece of a body; `None` at its end.
+    /// Reads the next piece of a body; `None` at its end.
     pub async fn piece(&mut self, framing: &mut Framing) -> Result<Option<Bytes>, Broken> {
         loop {
             match *framing {
@@ -216,7 +216,7 @@ impl Wire {
         }
     }
 
-    /// Exactly this number of bytes.
+    /// Reads exactly `length` bytes.
     pub async fn exactly(&mut self, length: usize) -> io::Result<Bytes> {
         while self.unread.len() < length {
             self.fill_or_fail().await?;
@@ -224,7 +224,7 @@ impl Wire {
         Ok(self.unread.split_to(length).freeze())
     }
 
-    /// At least one byte and at most `limit`.
+    /// Reads at least one byte and at most `limit`.
     async fn some(&mut self, limit: u64) -> io::Result<Bytes> {
         if self.unread.is_empty() {
             self.fill_or_fail().await?;
@@ -233,7 +233,7 @@ impl Wire {
         Ok(self.unread.split_to(length).freeze())
     }
 
-    /// A line with its end.
+    /// Reads a line, including its end.
     async fn line(&mut self) -> Result<Bytes, Broken> {
         loop {
             if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
@@ -246,7 +246,7 @@ impl Wire {
         }
     }
 
-    /// Sends all of this, as long as the peer keeps taking some.
+    /// Sends all bytes. Fails if the peer accepts none for a minute.
     pub async fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let sent = timeout(IDLE, self.stream.write(bytes)).await??;
@@ -258,10 +258,11 @@ impl Wire {
         Ok(())
     }
 
-    /// Lets `time` pass.
+    /// Waits for `time`.
     ///
     /// # Errors
-    /// If the peer goes away meanwhile, so that nobody waits for the end of it.
+    ///
+    /// If the peer closes meanwhile.
     pub async fn pause(&mut self, time: Duration) -> io::Result<()> {
         if time.is_zero() {
             return Ok(());
@@ -272,8 +273,8 @@ impl Wire {
         }
     }
 
-    /// Done when the peer has gone. What it sends before is kept; after 64 KiB no more is read, so that an upload comes
-    /// to a halt, and of the end of that peer only a reset is noticed.
+    /// Completes when the peer has closed. Bytes received before are kept. After 64 KiB it reads no more, so that an
+    /// upload stalls; from then on it detects only a reset.
     async fn gone(&mut self) -> io::Error {
         while self.unread.len() < HEADER_BYTES_MAX {
             self.unread.reserve(READ_BYTES);
@@ -289,13 +290,13 @@ impl Wire {
         }
     }
 
-    /// Does nothing until the peer goes away, but for ten minutes at most.
+    /// Waits until the peer closes, for ten minutes at most.
     pub async fn hang(&mut self) {
-        // Either way the connection is over.
+        // The connection ends in both cases.
         let _ = timeout(PATIENCE, self.gone()).await;
     }
 
-    /// Closes so that the peer can read all that was sent: unread bytes at the time of a plain close would reset the
+    /// Closes the connection such that the peer can read all sent bytes: closing with unread bytes would reset the
     /// connection (RFC 9112 §9.6).
     pub async fn close(&mut self) {
         let linger = async {
@@ -305,11 +306,11 @@ impl Wire {
             }
             io::Result::Ok(())
         };
-        // The connection is over whether this worked or not.
+        // The connection ends in both cases.
         let _ = timeout(IDLE, linger).await;
     }
 
-    /// Makes the close that follows a reset: RST instead of FIN.
+    /// Makes the next close send RST instead of FIN.
     pub fn reset(&mut self) -> io::Result<()> {
         self.stream.set_zero_linger()
     }
