@@ -1,8 +1,8 @@
-//! What Forebay counts: the handles that the rest of it touches, and the text that Prometheus reads.
+//! The metrics of Forebay: handles for the code that counts, and the text for Prometheus.
 //!
-//! Each metric is declared once, in `metrics/family.rs`. Labels are looked up when a handle is built; on the request
-//! path only the children that a handle keeps are touched, for a look-up costs ten times as much. The registry is our
-//! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
+//! Each metric is declared once, in `metrics/family.rs`. Labels are looked up when a handle is created. The request
+//! path only uses the series that a handle holds, since a look-up costs ten times as much. Each gateway has its own
+//! registry instead of the crate's global one, so that two gateways in one process have separate counts.
 
 mod acme;
 mod admin;
@@ -52,9 +52,9 @@ use refusals::RefusalCollector;
 use registry::Registry;
 use route::Series;
 
-/// The route label of exchanges that found no route, or were refused before one was sought.
+/// The value of the label `route` for exchanges that matched no route, or were refused before routing.
 pub const UNROUTED: &str = "_none";
-/// The value of the label `where` for what no phase or filter is to blame for.
+/// The value of the label `where` for stalls that no phase or filter causes.
 pub const LOOP: &str = "loop";
 
 pub use acme::{AcmeMetrics, ChallengeMetrics};
@@ -77,7 +77,7 @@ use upgrade::UpgradeMetrics;
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
 
-/// Routes and filters with a series of exchanges that were skipped, and whether it was paid for.
+/// The series of exchanges skipped by a filter, by route and filter, and whether the series counts against the budget.
 type Skipping = HashMap<(Box<str>, Box<str>), bool>;
 
 struct Inner {
@@ -88,17 +88,17 @@ struct Inner {
     workers: IntGauge,
     routes_folded: IntGauge,
     series_left: AtomicU64,
-    /// Those in use, so that a route of the same name in the next configuration counts on.
+    /// The metrics in use. A route with the same name in the next configuration continues them.
     routes: Mutex<HashMap<Box<str>, Weak<RouteMetrics>>>,
     other: OnceLock<Arc<Series>>,
-    /// The upstreams whose endpoints are counted, and what is kept of these endpoints.
+    /// The upstreams whose endpoints are counted, and the metrics of these endpoints.
     groups: Groups,
     endpoints: Mutex<endpoints::Known>,
-    /// The filters of routes that have a series of exchanges that they skipped, and whether it was paid for.
+    /// The series of exchanges that filters skipped.
     skipping: Mutex<Skipping>,
 }
 
-/// The families whose children are made after [`Metrics::new`].
+/// The families whose series are created after [`Metrics::new`].
 struct Families {
     routes: route::Families,
     listeners: listener::Families,
@@ -144,7 +144,8 @@ impl Metrics {
     /// The value of the label `pingora`; `Cargo.toml` pins it.
     pub const PINGORA_VERSION: &str = "0.9.1";
 
-    /// Metrics whose routes may make `series_max` series between them, and that show these refusals from the start.
+    /// Creates the metrics of a gateway. `series_max`: the budget of series for all routes; `refusals`: the reasons
+    /// that are exported from the start.
     pub fn new(series_max: u64, refusals: Vec<&'static Refusal>) -> Self {
         let registry = Registry::default();
         let families = Families::register(&registry);
@@ -180,8 +181,8 @@ impl Metrics {
         }))
     }
 
-    /// Those of the route of this name. Ask once, when the route is built, and keep it: when it is dropped, its
-    /// series are removed.
+    /// The metrics of the route with this name. Call once, when the route is built, and keep the result: its series are
+    /// removed on drop.
     pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
         let mut routes = self.routes();
         if let Some(known) = routes.get(name).and_then(Weak::upgrade) {
@@ -192,126 +193,126 @@ impl Metrics {
         route
     }
 
-    /// Held for a look-up, or while the series of a route are removed; never on the way of a request.
+    /// Held for a look-up, or while the series of a route are removed; never on the request path.
     fn routes(&self) -> MutexGuard<'_, HashMap<Box<str>, Weak<RouteMetrics>>> {
         self.0.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was counted of all routes that are folded, if any are.
+    /// The counts of all routes without their own series, if there are any.
     pub fn folded(&self) -> Option<RouteFigures> {
         self.0.other.get().map(|series| series.figures())
     }
 
-    /// How often this gateway refused, for each reason.
+    /// The counts of this gateway's refusals, by reason.
     pub fn refusals(&self) -> &RefusalMetrics {
         &self.0.refusals
     }
 
-    /// Those of exchanges that found no route, or were refused before one was sought; labelled `_none`.
+    /// The metrics of exchanges that matched no route, or were refused before routing; labelled `_none`.
     pub fn unrouted(&self) -> Arc<RouteMetrics> {
         Arc::new(RouteMetrics::unbudgeted("_none", self.clone()))
     }
 
-    /// Those of the listener of this name.
+    /// The metrics of the listener with this name.
     pub fn listener(&self, name: &str) -> ListenerMetrics {
         self.families().listeners.listener(name, self.refusals().clone())
     }
 
-    /// Those of the drivers of exchanges, for these reasons to go by Pingora's.
+    /// The metrics of the drivers of exchanges. `reasons`: the reasons to use Pingora's driver.
     pub fn driver(&self, reasons: impl IntoIterator<Item = &'static str>) -> DriverMetrics {
         DriverMetrics::of(&self.families().routes.driver_exchanges, reasons)
     }
 
-    /// Those of accepting connections, over all listeners.
+    /// The metrics of accepting connections, for all listeners.
     pub fn doorway(&self) -> DoorwayMetrics {
         self.families().listeners.doorway()
     }
 
-    /// Those of the TLS of the listener of this name.
+    /// The TLS metrics of the listener with this name.
     pub fn tls(&self, listener: &str) -> TlsMetrics {
         self.families().tls.listener(listener)
     }
 
-    /// Those of the issuer of certificates of this name.
+    /// The metrics of the certificate issuer with this name.
     pub fn acme(&self, issuer: &str) -> AcmeMetrics {
         self.families().acme.issuer(issuer)
     }
 
-    /// Those of the answers to issuers of certificates.
+    /// The metrics of responses to challenges of issuers.
     pub fn challenges(&self) -> ChallengeMetrics {
         self.families().acme.challenges()
     }
 
-    /// Those of what a listener passes on as it is, under this name.
+    /// The metrics of connections that a listener relays under this name.
     pub fn relay(&self, listener: &str, name: &str) -> RelayMetrics {
         self.families().relays.relay(listener, name)
     }
 
-    /// Those of the upstream of this name.
+    /// The metrics of the upstream with this name.
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         let families = self.families();
         families.upstreams.upstream(name, families.limits.upstream(name), self.clone())
     }
 
-    /// Those of the places that all health checks share.
+    /// The metrics of the places that all health checks share.
     pub fn check_places(&self) -> CheckPlaces {
         self.families().upstreams.check_places()
     }
 
-    /// Counts the endpoints of this upstream on each scrape, for as long as there is one.
+    /// Counts the endpoints of this upstream on each scrape, as long as it exists.
     pub fn count_endpoints(&self, group: Weak<dyn Group>) {
         self.0.groups.add(group);
     }
 
-    /// Held for a look-up, when an endpoint comes or goes.
+    /// Held for a look-up, when an endpoint is added or removed.
     fn endpoints(&self) -> MutexGuard<'_, endpoints::Known> {
         self.0.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Those of the calls of this filter to the upstream of this name.
+    /// The metrics of the calls from this filter to the upstream with this name.
     pub fn calls(&self, filter: &str, upstream: &str) -> CallMetrics {
         CallMetrics::of(filter, upstream, &self.families().filters.calls, &self.families().filters.call_seconds)
     }
 
-    /// Those of a filter of this route that lets some in and others not.
+    /// The metrics of an access control filter of this route.
     pub fn admission(&self, route: &str, filter: &str) -> Admission {
         let route = if self.reserve_series(Access::ALL.len() as u64) { route } else { "_other" };
         Admission::of(route, filter, &self.families().filters.access)
     }
 
-    /// Those of what a filter of this route reads again and again.
+    /// The metrics of the data that a filter of this route reloads.
     pub fn loads(&self, route: &str, filter: &str) -> Loads {
         let route = if self.reserve_series(2) { route } else { "_other" };
         Loads::of(route, filter, &self.families().filters.loads)
     }
 
-    /// Those of answers that are compressed on this route.
+    /// The metrics of response compression on this route.
     pub fn compress(&self, route: &str) -> CompressMetrics {
         let (families, route) = (self.families(), if self.reserve_series(7) { route } else { "_other" });
         CompressMetrics::of(route, &families.filters.compressed_bytes, &families.filters.compress_busy)
     }
 
-    /// Those of bodies that are decoded on this route in this direction.
+    /// The metrics of decoded bodies on this route in this direction.
     pub fn decompress(&self, route: &str, direction: Direction) -> DecompressMetrics {
         let route = if self.reserve_series(DecompressMetrics::SERIES) { route } else { "_other" };
         let families = &self.families().filters;
         DecompressMetrics::of(route, direction, &families.decompress, &families.decompressed_bytes)
     }
 
-    /// Those of bodies that are changed on this route in this direction.
+    /// The metrics of changed bodies on this route in this direction.
     pub fn body(&self, route: &str, direction: Direction) -> BodyMetrics {
         let route = if self.reserve_series(BodyMetrics::SERIES) { route } else { "_other" };
         let families = &self.families().filters;
         BodyMetrics::of(route, direction, &families.body_changes, &families.body_replacements)
     }
 
-    /// Those of error pages on this route.
+    /// The metrics of error pages on this route.
     pub fn error_pages(&self, route: &str) -> ErrorPageMetrics {
         let route = if self.reserve_series(ErrorPageMetrics::SERIES) { route } else { "_other" };
         ErrorPageMetrics::of(route, &self.families().filters.error_pages)
     }
 
-    /// Those of hashing passwords.
+    /// The metrics of password hashing.
     pub fn passwords(&self) -> PasswordMetrics {
         let families = self.families();
         PasswordMetrics {
@@ -320,44 +321,44 @@ impl Metrics {
         }
     }
 
-    /// Those of the copies that the upstream of this name gets.
+    /// The metrics of copies for the upstream with this name.
     pub fn mirror(&self, upstream: &str) -> MirrorMetrics {
         MirrorMetrics::of(upstream, &self.families().filters.mirrored)
     }
 
-    /// Those of all spools, of the budget and of the disk threads that they share.
+    /// The metrics of all spools, and of their shared budget and disk threads.
     pub fn spools(&self) -> SpoolMetrics {
         self.families().spools.spools()
     }
 
-    /// Those of the paced lane of one worker; they are numbered from 0.
+    /// The metrics of the paced lane of a worker; workers are numbered from 0.
     pub fn lane(&self, worker: usize) -> LaneMetrics {
         self.families().loops.lane(worker)
     }
 
-    /// Those of the loops of this many workers, which are numbered from 0.
+    /// The metrics of the event loops of this number of workers, numbered from 0.
     pub fn loops(&self, workers: usize) -> LoopMetrics {
         self.families().loops.loops(workers)
     }
 
-    /// How late the signs of life of this worker came, in the buckets of `forebay_loop_lag_seconds`.
+    /// The lag of this worker, in the buckets of `forebay_loop_lag_seconds`.
     pub fn lag(&self, worker: usize) -> Distribution {
         Distribution::of(&self.families().loops.lag_of(worker))
     }
 
-    /// Workers that are stalled now.
+    /// Number of stalled workers.
     pub fn stalled_workers(&self) -> u64 {
         u64::try_from(single(&self.families().loops.stalled).get()).unwrap_or(0)
     }
 
-    /// The time of the polls of the filters with this key. Ask once, when one is built.
+    /// The poll times of filters with this key. Call once, when a filter is built.
     pub fn filter_polls(&self, key: &str) -> Histogram {
         self.families().loops.stalls.with_label_values(&[key]);
         self.families().filters.poll.with_label_values(&[key])
     }
 
-    /// Exchanges of a route in which a filter did nothing, for its condition did not hold. Ask once, when one is
-    /// built. Routes beyond the limit of series are counted together.
+    /// The counter of exchanges of a route in which a filter was skipped because its condition was false. Call once,
+    /// when a filter is built. Routes beyond the budget of series share one counter.
     pub fn filter_skipped(&self, route: &str, key: &str) -> IntCounter {
         let mut skipping = self.skipping();
         let paid = *skipping.entry((route.into(), key.into())).or_insert_with(|| self.reserve_series(1));
@@ -365,13 +366,12 @@ impl Metrics {
         self.families().filters.skipped.with_label_values(&[route, key])
     }
 
-    /// Held for a look-up, when a filter is built or a route is gone.
+    /// Held for a look-up, when a filter is built or a route is removed.
     fn skipping(&self) -> MutexGuard<'_, Skipping> {
         self.0.skipping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes all series whose label `label` has one of these values: what they are about is gone. It looks at many
-    /// series: call it off the workers.
+    /// Removes all series whose label `label` has one of these values. It scans many series: call it off the workers.
     pub fn forget(&self, label: &str, gone: &BTreeSet<&str>) {
         self.0.registry.forget(label, |value| gone.contains(value));
         if label == "route" {
@@ -385,31 +385,33 @@ impl Metrics {
         }
     }
 
-    /// Those of the configuration that runs.
+    /// The metrics of the active configuration.
     pub fn config(&self) -> ConfigMetrics {
         self.families().config.metrics()
     }
 
-    /// What is counted of upgrades.
+    /// The metrics of upgrades.
     pub fn upgrades(&self) -> UpgradeMetrics {
         self.families().upgrade.metrics()
     }
 
-    /// Counts what goes by each generation of the configuration, on each scrape.
+    /// Counts the exchanges and connections of each generation of the configuration, on each scrape.
     pub fn count_generations(&self, generations: Arc<dyn Generations>) {
         self.collect_too(Box::new(GenerationCollector::new(generations)));
     }
 
-    /// Asks one more whenever the metrics are rendered, for as long as the gateway runs.
+    /// Adds a collector, which is collected on each scrape as long as the gateway runs.
     ///
-    /// A filter is built for each place where it is written, and anew with each reload. One with metrics of its own keeps
-    /// them in a `static` (a vector in an `OnceLock`, say) and hands a clone in whenever it is built: the first one is
-    /// asked from then on, and another one with the same names and labels is left out, so nothing is counted twice and
-    /// nothing begins anew. A vector that is made anew with each build would be left out after the first reload, and its
-    /// counts would be seen nowhere. Nothing is removed here: series of routes and upstreams that are gone are the
-    /// filter's own to remove. Names begin with the key of the filter, since those of Forebay begin with `forebay_`.
+    /// A filter is built for each place where it is configured, and again on each reload. A filter with its own metrics
+    /// must keep them in a `static` (such as a vector in an `OnceLock`) and pass a clone whenever it is built. The
+    /// first one is collected from then on, and any other one with the same names and labels is ignored. As a result,
+    /// nothing is counted twice, and the counts survive reloads. A new vector per build would be ignored after the
+    /// first reload, and its counts would be lost. This registry removes no series of the collector: the filter itself
+    /// must remove the series of routes and upstreams that no longer exist. Names begin with the key of the filter,
+    /// since those of Forebay begin with `forebay_`.
     ///
-    /// One that is not well-formed, or has the name of another with other labels, is left out as well; the log tells it.
+    /// A collector that is malformed, or has the name of another one with other labels, is ignored with a message in
+    /// the log.
     pub fn collect_too(&self, collector: Box<dyn Collector>) {
         match self.0.registry.register(collector) {
             Ok(()) | Err(prometheus::Error::AlreadyReg) => {}
@@ -417,41 +419,41 @@ impl Metrics {
         }
     }
 
-    /// Those of the access log.
+    /// The metrics of the access log.
     pub fn access_log(&self) -> AccessLogMetrics {
         self.families().outputs.access_log()
     }
 
-    /// Those of the spans of traces.
+    /// The metrics of the spans of traces.
     pub fn spans(&self) -> SpanMetrics {
         self.families().outputs.spans()
     }
 
-    /// Those of the admin endpoint.
+    /// The metrics of the admin endpoint.
     pub fn admin(&self) -> AdminMetrics {
         self.families().admin.admin()
     }
 
-    /// How many are in which phase now, and for how long, in the order of the phases.
+    /// The number of exchanges in each phase, and the age of the oldest one, in the order of the phases.
     pub fn phases(&self) -> [PhaseState; Phase::COUNT] {
         self.0.phases.states(Instant::now())
     }
 
-    /// Counts one more in `phase`, who has been in it `since`, until the seat is dropped.
+    /// Counts an exchange in `phase`, in which it has been since `since`, until the seat is dropped.
     pub fn enter_phase(&self, phase: Phase, since: Instant) -> Seat {
         self.0.phases.take(phase, since)
     }
 
-    /// Says how many worker threads there are.
+    /// Sets the number of worker threads.
     pub fn set_workers(&self, threads: usize) {
         self.0.workers.set(i64::try_from(threads).unwrap_or(i64::MAX));
     }
 
-    /// Everything, in the text format 0.0.4. Takes milliseconds when there are many series: call it off the workers.
+    /// All metrics in the text format 0.0.4. Takes milliseconds with many series: call it off the workers.
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::with_capacity(64 * 1024);
         if let Err(error) = TextEncoder::new().encode(&self.0.registry.gather(), &mut text) {
-            // Not reached as long as the families are well-formed; then a part is better than nothing.
+            // Only possible with a malformed family; then a part is better than nothing.
             tracing::error!("the metrics could not be written down: {error}");
         }
         text
@@ -461,23 +463,23 @@ impl Metrics {
         &self.0.families
     }
 
-    /// Takes this many series off the budget of the routes; `false` if it has fewer left.
+    /// Takes this number of series from the budget of the routes. `false` if fewer are left.
     fn reserve_series(&self, series: u64) -> bool {
         let take = |left: u64| left.checked_sub(series);
         self.0.series_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 
-    /// Gives back what was taken.
+    /// Returns series to the budget.
     fn release_series(&self, series: u64) {
         self.0.series_left.fetch_add(series, Ordering::Relaxed);
     }
 
-    /// One route less is counted as another.
+    /// Reports that a route without its own series was removed.
     fn unfold(&self) {
         self.0.routes_folded.dec();
     }
 
-    /// The series of all routes that the budget has no room for, which this one now is.
+    /// The series that all routes beyond the budget share. `route` now uses them.
     fn fold(&self, route: &str) -> Arc<Series> {
         let other = self.0.other.get_or_init(|| {
             tracing::warn!(
@@ -491,12 +493,12 @@ impl Metrics {
     }
 }
 
-/// The only child of a family without labels.
+/// The only series of a family without labels.
 fn single(gauges: &IntGaugeVec) -> IntGauge {
     gauges.with_label_values::<&str>(&[])
 }
 
-/// Counts one less at `from` and one more at `to`.
+/// Decrements the gauge `from` and increments the gauge `to`.
 fn shift(gauges: &[IntGauge], from: Option<usize>, to: Option<usize>) {
     if from == to {
         return;
@@ -517,7 +519,7 @@ mod tests {
     use crate::error::refusal;
     use crate::phase::Clock;
 
-    /// Metrics in which every family has a child, and what some of these live as long as.
+    /// Metrics in which every family has a series, and the guards that keep some of these series.
     fn busy() -> (Metrics, impl Sized) {
         let metrics = Metrics::new(u64::MAX, refusal::ALL.to_vec());
         let clock = Clock::start(Phase::Header, Instant::now());
@@ -640,7 +642,7 @@ mod tests {
         assert!(lock.contains(&format!("name = \"pingora\"\nversion = \"{}\"\n", Metrics::PINGORA_VERSION)));
     }
 
-    /// Every child that a route can make is paid for.
+    /// Every series that a route can create is reserved.
     #[test]
     fn a_route_reserves_what_it_may_use() {
         let metrics = Metrics::new(u64::MAX, Vec::new());

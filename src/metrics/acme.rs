@@ -19,9 +19,9 @@ vectors! {
 pub struct AcmeMetrics {
     /// Orders that ended with a certificate.
     pub issued: IntCounter,
-    /// Orders that did not.
+    /// Orders that ended without one.
     pub failed: IntCounter,
-    /// 1: this process gets the certificates.
+    /// 1 if this process requests the certificates.
     pub active: IntGauge,
     failures: IntGaugeVec,
     due: IntGaugeVec,

@@ -136,7 +136,7 @@ impl CompressMetrics {
 }
 
 super::retry::labels! {
-    /// The form of an error page, in the order in which a client that likes several the same gets them.
+    /// The form of an error page. If a client accepts several equally, the first one applies.
     PageForm {
         /// HTML.
         Html: "html",

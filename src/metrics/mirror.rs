@@ -17,7 +17,7 @@ super::retry::labels! {
         TooLarge: "too_large",
         /// Its body is streamed.
         Streamed: "streamed",
-        /// It asks for an upgrade.
+        /// It requests an upgrade.
         Upgrade: "upgrade",
         /// It is a gRPC call.
         Grpc: "grpc",

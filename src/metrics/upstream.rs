@@ -104,9 +104,9 @@ pub struct UpstreamMetrics {
 pub struct DiscoveryMetrics {
     /// Endpoints were found.
     pub ok: IntCounter,
-    /// The answer was that there are none.
+    /// The result was an empty list.
     pub none: IntCounter,
-    /// No answer, or an unreadable one.
+    /// No result, or an unreadable one.
     pub failed: IntCounter,
 }
 
@@ -161,7 +161,7 @@ impl UpstreamMetrics {
 /// The metrics of the places that all health checks share.
 #[derive(Clone)]
 pub struct CheckPlaces {
-    /// Checks that are under way.
+    /// Active checks.
     pub active: IntGauge,
     /// Upstreams that wait for a place.
     pub waiting: IntGauge,
