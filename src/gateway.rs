@@ -153,7 +153,7 @@ impl Builder {
         self.inspect(config).errors
     }
 
-    /// The same, with warnings.
+    /// As [`Builder::check`], with warnings.
     pub fn inspect(&self, config: &Config) -> Inspection {
         let mut warnings = Vec::new();
         let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
@@ -255,7 +255,8 @@ impl Gateway {
         let Gateway { server, stop, upgrades, log, tracer, stations, loops, begun, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
-        // A process that never accepted leaves the sockets that were passed to it to the other process.
+        // A process that never accepted connections keeps the files of inherited sockets, since the other process uses
+        // them.
         let goes = |place: &Place| !upgrades.is_handed_over() && (*begun.borrow() || place.is_own);
         for Station { place, .. } in lock(&stations).iter().filter(|station| goes(&station.place)) {
             if let Some((file, _)) = &place.file {

@@ -55,7 +55,7 @@ pub enum Effect {
 }
 
 impl Effect {
-    /// The effect in words, shown behind the difference.
+    /// The effect in words, shown after the difference.
     pub fn words(self) -> &'static str {
         match self {
             Effect::NextRequest => "from the next request on",

@@ -43,7 +43,7 @@ pub struct Question {
     pub method: String,
     /// The whole URL. Its port and scheme select the listener.
     pub url: Uri,
-    /// Its header fields besides `Host`.
+    /// Its header fields except `Host`.
     pub fields: Vec<(String, String)>,
     /// The client's address.
     pub client: IpAddr,

@@ -90,7 +90,7 @@ pub enum FromOld {
 pub struct Passed {
     /// Its label.
     pub label: Label,
-    /// Who opened it.
+    /// The process that opened it.
     pub opener: Opener,
 }
 

@@ -39,7 +39,7 @@ struct Heirloom {
     used: bool,
 }
 
-/// Who opened an inherited socket.
+/// The process that opened an inherited socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Opener {
@@ -81,12 +81,12 @@ impl Inherited {
         let passed = passed(|name| std::env::var(name).ok(), std::process::id())?;
         for (index, name) in passed.into_iter().enumerate() {
             let number = FIRST + RawFd::try_from(index).map_err(|error| error.to_string())?;
-            // SAFETY: it asks about a number, whatever that is.
+            // SAFETY: the call has no pointers, and any number is valid.
             if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
                 let error = io::Error::last_os_error();
                 return Err(format!("LISTEN_FDS names descriptor {number}, which is not open: {error}"));
             }
-            // SAFETY: the service manager opened it for this process, whose it is from now on.
+            // SAFETY: the service manager opened it for this process, which owns it from now on.
             let fd = unsafe { OwnedFd::from_raw_fd(number) };
             let label = Label { listener: name, written: String::new() };
             inherited

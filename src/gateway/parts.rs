@@ -44,13 +44,13 @@ use super::running::Running;
 /// Limit on idle connections to mirror upstreams.
 const MIRROR_POOL: usize = 128;
 
-/// What configurations are built on: it belongs to the process and outlives each configuration.
+/// The base that configurations are built on. It belongs to the process and outlives each configuration.
 pub struct Ground {
     /// The filters.
     pub catalog: Catalog,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Metrics,
-    /// Answers to the challenges of issuers.
+    /// The responses to challenges of issuers.
     pub challenges: Arc<Challenges>,
     /// The TLS listeners that serve certificates.
     pub served: Served,
@@ -66,12 +66,12 @@ pub struct Ground {
     calls: Lines,
     /// Connections for mirrored requests, created for the first mirror.
     mirrors: OnceLock<Arc<Connector>>,
-    /// Names are not resolved: this only explains.
+    /// Whether the base only serves explanations. Names are not resolved then.
     offline: bool,
 }
 
 impl Ground {
-    /// For a new process.
+    /// Creates the base of a new process.
     pub fn new(catalog: Catalog, metrics: Metrics) -> Ground {
         let challenges = Challenges::new(metrics.challenges());
         let checks = Places::new(Server::default().checks_at_once(), metrics.check_places());
@@ -90,7 +90,7 @@ impl Ground {
         }
     }
 
-    /// For explanations only.
+    /// Creates a base for explanations only.
     pub fn offline(catalog: Catalog, metrics: Metrics) -> Ground {
         Ground { offline: true, ..Ground::new(catalog, metrics) }
     }

@@ -51,7 +51,7 @@ impl User {
     ///
     /// The system does not allow it; the process must not continue then.
     pub fn become_it(&self) -> io::Result<()> {
-        // SAFETY: these take no memory of ours but the name, which outlives the call.
+        // SAFETY: the only pointer is to the name, which outlives the call.
         unsafe {
             if libc::geteuid() != 0 {
                 return Ok(());
@@ -71,7 +71,7 @@ impl User {
 /// Excludes the memory of this process, which contains keys, from core dumps and from other processes of the same
 /// user.
 pub fn keep_memory_private() {
-    // SAFETY: it takes no memory of ours.
+    // SAFETY: the call has no pointers.
     let done = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
     if done != 0 {
         tracing::warn!("core dumps may hold private keys: {}", io::Error::last_os_error());

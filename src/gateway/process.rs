@@ -48,7 +48,7 @@ use crate::upstream::transport::connector::Endpoints;
 /// The highest nice value (setpriority(2)).
 const NICE_MAX: i32 = 19;
 
-/// Where finished exchanges are reported.
+/// The outputs of finished exchanges.
 pub struct Outputs {
     /// The access log, unless it is off.
     pub log: Option<Arc<AccessLog>>,
@@ -105,7 +105,7 @@ impl Default for Endings {
     }
 }
 
-/// What exists once per process.
+/// The parts that exist once per process.
 pub struct Process {
     /// Pingora's server, which runs the services.
     pub server: Server,
@@ -196,7 +196,7 @@ impl Process {
         Ok(openings)
     }
 
-    /// Our own driver, with Pingora's as a fallback.
+    /// Forebay's own driver, with Pingora's as a fallback.
     fn driver(&self, proxy: Proxy) -> Driver<Proxy> {
         let conf = &self.server.configuration;
         let kept = conf.upstream_keepalive_pool_size.div_ceil(self.threads);
@@ -216,7 +216,7 @@ fn unpacked<P, C: CustomConnector>(service: ListeningService<HttpProxy<P, C>>) -
     unsafe { std::ptr::read(proxy) }
 }
 
-/// Whether plain exchanges use our own driver. Tests can force Pingora's.
+/// Whether plain exchanges use Forebay's own driver. Tests can force Pingora's.
 fn uses_own_driver() -> bool {
     std::env::var_os("FOREBAY_TEST_DRIVER").is_none_or(|driver| driver != "pingora")
 }

@@ -80,7 +80,7 @@ pub struct Reloads(Sender<Order>);
 
 struct Order {
     what: What,
-    /// Who requested it, for the log.
+    /// The requester, for the log.
     by: &'static str,
     reply: oneshot::Sender<Outcome>,
 }
@@ -129,7 +129,7 @@ impl Reloads {
 /// Loads the configuration file.
 pub type Load = Box<dyn Fn(&Path) -> Result<Config, Report> + Send>;
 
-/// What reloads need.
+/// The state of reloads.
 pub struct Engine {
     path: PathBuf,
     load: Load,

@@ -17,7 +17,7 @@ use crate::upstream::Upstream;
 pub struct Running {
     /// The settings as written.
     pub config: Config,
-    /// What requests use.
+    /// The part that requests use.
     pub generation: Arc<Generation>,
     /// The upstreams, by name.
     pub upstreams: BTreeMap<String, Arc<Upstream>>,
@@ -35,11 +35,11 @@ pub struct Running {
 pub struct Standing {
     /// The listener.
     pub listener: Arc<Listener>,
-    /// What accepts its connections.
+    /// The acceptor of its connections.
     pub acceptor: Arc<Acceptor>,
     /// The bound address.
     pub place: Place,
-    /// The socket was already open.
+    /// Whether the socket was already open.
     pub kept: bool,
 }
 

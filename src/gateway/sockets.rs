@@ -31,7 +31,7 @@ pub struct Socket {
     address: String,
     /// The file mode, for a unix socket.
     unix: Option<FileMode>,
-    /// Who opened it, if this process did not.
+    /// The process that opened it, if not this one.
     opener: Option<Opener>,
     fd: OwnedFd,
 }
@@ -125,9 +125,9 @@ pub struct Place {
     /// The file of a unix socket, to be removed when no process listens any more, and its mode. `None` for a socket
     /// of the service manager, which owns the file.
     pub file: Option<(PathBuf, FileMode)>,
-    /// The service manager opened it.
+    /// Whether the service manager opened it.
     pub is_managers: bool,
-    /// This process opened it.
+    /// Whether this process opened it.
     pub is_own: bool,
 }
 
@@ -156,7 +156,7 @@ pub struct Station {
     pub clerk: Clerk,
 }
 
-/// What accepts connections on a socket.
+/// The acceptor of a socket.
 #[derive(Clone)]
 pub enum Clerk {
     /// A listener.
@@ -178,7 +178,7 @@ impl Clerk {
         }
     }
 
-    /// Another process accepts the connections from now on.
+    /// Lets another process accept the connections from now on.
     pub fn hand_over(&self) {
         match self {
             Clerk::Listener(acceptor) => acceptor.give_up(),

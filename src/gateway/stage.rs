@@ -83,11 +83,11 @@ fn newly_expired(parts: &Parts, before: &Running) -> Vec<BuildError> {
     found.filter(|error| !served.contains(&error.message)).collect()
 }
 
-/// The same for parts that are already built.
+/// As [`prepare`], for parts that are already built.
 ///
 /// # Errors
 ///
-/// Those that building the parts does not find.
+/// The errors that building the parts does not detect.
 pub fn assemble(
     mut parts: Parts,
     ground: &Ground,
@@ -165,7 +165,7 @@ pub fn assemble(
 
 /// The parts of the process that depend on the configuration.
 pub struct Stage {
-    /// What configurations are built on.
+    /// The base that configurations are built on.
     pub ground: Ground,
     /// Shared by all listeners.
     pub common: Arc<Common>,
@@ -173,9 +173,9 @@ pub struct Stage {
     pub user: Option<User>,
     /// Metrics of requests that match no route.
     pub unrouted: Arc<RouteMetrics>,
-    /// What requests use.
+    /// The part that requests use.
     pub current: Current,
-    /// What the admin endpoint shows.
+    /// The state that the admin endpoint shows.
     pub shown: Shown,
     /// Opens sockets.
     pub openings: Openings,

@@ -76,7 +76,7 @@ pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
     })
 }
 
-/// What Pingora's main loop waits for.
+/// The shutdown signal that Pingora's main loop waits for.
 pub struct Stop {
     pub(super) asked: Arc<Notify>,
     /// Signals the steps to the rest of the process.
@@ -244,7 +244,7 @@ impl Stop {
     /// Waits for the permission of the previous process to accept connections. Asks for it once everything that
     /// requests need is ready.
     async fn may_take_over(&self, predecessor: &Predecessor) -> Result<Taken, String> {
-        // What is unknown by then is found out while serving.
+        // Endpoints that are unchecked by then are checked while serving.
         let _ = tokio::time::timeout(CHECKED, self.checked()).await;
         let asked = predecessor.clone();
         let waited = tokio::task::spawn_blocking(move || asked.take_over()).await;
@@ -352,7 +352,7 @@ impl Stop {
         }
         tracing::warn!(cut = self.endings.inflight.count(), "the deadline is over; the rest is cut");
         self.endings.cut.now();
-        // What is left are connections that their clients are slow to close.
+        // The remaining connections belong to clients that are slow to close them.
         let _ = tokio::time::timeout(CUT, self.endings.inflight.drained()).await;
     }
 }

@@ -14,10 +14,10 @@ use super::handover::{Channel, FromNew, FromOld, Heard, VARIABLE, VERSION};
 use super::inherited::Inherited;
 use super::lock;
 
-/// For messages that the running process sends without waiting for anything.
+/// Timeout for messages that the running process sends without waiting.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// For the running process to permit accepting; it does so at once.
+/// Timeout for the running process to permit accepting; it does so at once.
 const GO: Duration = Duration::from_secs(60);
 
 /// The process that this one takes over from. Clones share it.
@@ -31,7 +31,7 @@ struct Inner {
     legacy: Mutex<Legacy>,
 }
 
-/// What a new process inherits besides sockets.
+/// The inheritance of a new process in addition to sockets.
 #[derive(Debug, Default)]
 pub struct Legacy {
     /// The version of the previous process.
@@ -135,7 +135,7 @@ impl Predecessor {
 
     /// Reports that connections are accepted, and waits until the service manager knows this process. Blocks.
     pub fn begun(&self) {
-        // Whatever fails here, this process serves.
+        // If this fails, this process still serves.
         let _ = self.0.channel.say(&FromNew::Begun, &[], PATIENCE);
         let _ = self.0.channel.hear::<FromOld>(Instant::now() + PATIENCE);
     }
@@ -168,7 +168,7 @@ fn fork(channel: &Channel) -> io::Result<std::fs::File> {
     }
     // SAFETY: both were opened just now.
     let (reads, writes) = unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
-    // SAFETY: there is no other thread yet, so that nothing can be half done in the copy.
+    // SAFETY: there is no other thread yet, so no lock or memory can be in an intermediate state in the copy.
     let child = unsafe { libc::fork() };
     match child {
         ..0 => Err(io::Error::last_os_error()),
@@ -176,12 +176,12 @@ fn fork(channel: &Channel) -> io::Result<std::fs::File> {
         child => {
             drop(writes);
             // An open copy would hide the exit of the child.
-            // SAFETY: it is open, and this half never uses it again, for it does not return.
+            // SAFETY: it is open, and this half never uses it again, since it does not return.
             unsafe { libc::close(channel.fd().as_raw_fd()) };
             let mut byte = [0];
             let ready = std::fs::File::from(reads).read(&mut byte).unwrap_or(0) == 1;
             let code = if ready { 0 } else { status(child) };
-            // SAFETY: it ends this process, without what is to be done at the end of the other half.
+            // SAFETY: this ends the process without the exit handlers, which belong to the other half.
             unsafe { libc::_exit(code) }
         }
     }

@@ -38,7 +38,7 @@ use super::pid_file::PidFile;
 use super::sockets::Station;
 use super::supervisor::Supervisor;
 
-/// For steps of the new process that wait for nothing.
+/// Timeout for steps of the new process that do not wait.
 const PROMPT: Duration = Duration::from_secs(10);
 
 /// How long a process that has closed its end may take to exit.
@@ -167,7 +167,7 @@ impl Failed {
 }
 
 impl Program {
-    /// The program of this process: its path as typed or found in `PATH`, so that a symbolic link is resolved anew
+    /// The program of this process: its path as typed or found in `PATH`, so that a symbolic link is resolved again
     /// each time. `None`: the path is unknown.
     pub fn of_this_process(arguments: &[OsString]) -> Option<Program> {
         let (name, arguments) = arguments.split_first()?;
@@ -199,7 +199,7 @@ fn looked_up(name: &Path, path: Option<&OsStr>) -> Option<PathBuf> {
     std::env::split_paths(path?).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-/// What upgrades need.
+/// The parts that upgrades use.
 pub struct Needs {
     /// The program to start.
     pub program: Option<Program>,
@@ -209,7 +209,7 @@ pub struct Needs {
     pub inherited: Inherited,
     /// Time limits.
     pub times: Arc<Mutex<server::Upgrade>>,
-    /// What is counted.
+    /// The metrics.
     pub metrics: UpgradeMetrics,
     /// The service manager.
     pub supervisor: Supervisor,
@@ -284,8 +284,8 @@ impl Upgrades {
         let _ = self.0.handed_over.subscribe().wait_for(|over| *over).await;
     }
 
-    /// This process stops: kills a new process that is not ready yet, and allows no further upgrade. `false`:
-    /// another process has already taken over.
+    /// Reports that this process stops. Kills a new process that is not ready yet, and allows no further upgrade.
+    /// `false`: another process has already taken over.
     pub fn stop(&self) -> bool {
         let mut state = lock(&self.0.state);
         match *state {
@@ -297,7 +297,7 @@ impl Upgrades {
         true
     }
 
-    /// Begins unless something prevents it.
+    /// Begins an upgrade unless something prevents it.
     fn enter(&self) -> Result<Program, String> {
         let inner = &*self.0;
         let program = inner.program.clone().ok_or("this gateway was not started by the command line of Forebay")?;
@@ -555,7 +555,7 @@ fn ends(child: &Child) -> bool {
 
 /// Kills a process group. Its leader is a child that was not yet waited for, so the number cannot be reused.
 fn end(group: i32) {
-    // SAFETY: it takes no memory of ours.
+    // SAFETY: the call has no pointers.
     unsafe { libc::killpg(group, libc::SIGKILL) };
 }
 
