@@ -94,7 +94,7 @@ pub struct Upstream {
     pub metrics: UpstreamMetrics,
     /// How connections to its endpoints are made.
     pub transport: Arc<Transport>,
-    /// For future rosters.
+    /// The settings for future rosters.
     load_balancing: LoadBalancing,
     /// The keys of hash policies; empty for other policies.
     keys: Keys,
@@ -161,9 +161,9 @@ impl Upstream {
         Self::build_with(name, written, metrics, &places, None, None)
     }
 
-    /// The same with the common places for health checks, and a predecessor: returns `before` if the settings and
-    /// files are unchanged. Otherwise returns a new upstream that shares the unchanged parts and replaces it in
-    /// [`Upstream::succeed`].
+    /// As [`Upstream::build`], with the common places for health checks, and a predecessor: returns `before` if the
+    /// settings and files are unchanged. Otherwise returns a new upstream that shares the unchanged parts and replaces
+    /// it in [`Upstream::succeed`].
     ///
     /// # Errors
     ///
@@ -341,7 +341,7 @@ impl Upstream {
         if self.keys.is_empty() { 0 } else { self.keys.hash(asked).unwrap_or_else(rand::random) }
     }
 
-    /// The affinity in the request's cookie; `None` without a cookie that we signed.
+    /// The affinity in the request's cookie; `None` without a cookie with a valid signature.
     pub fn stuck(&self, asked: &Asked<'_>) -> Option<Stuck> {
         let sticky = self.sticky.as_ref()?;
         sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
@@ -361,7 +361,8 @@ impl Upstream {
         self.select_for(None, hash, tried, now)
     }
 
-    /// The same for a client with session affinity: its endpoint has priority if it is available and has room.
+    /// As [`Upstream::select`], for a client with session affinity: its endpoint has priority if it is available and
+    /// has room.
     pub fn select_for(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         match self.admission.queue().bars() {
             true => self.with_leave(now, || Choice::Full),
@@ -369,7 +370,7 @@ impl Upstream {
         }
     }
 
-    /// The same for an exchange whose turn in the queue has come.
+    /// As [`Upstream::select_for`], for an exchange that has a turn in the queue.
     pub fn select_in_turn(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         let choose = |roster: &Roster| {
             let stuck = stuck.filter(|_| !self.admission.is_full());

@@ -96,7 +96,7 @@ impl Follower {
     fn run(self, reloads: &Reloads) {
         let told = self.watched.told.clone();
         let mut watch = Watch::new(move |event: notify::Result<notify::Event>| {
-            // Ignores read access, which is our own.
+            // Ignores read access, which comes from Forebay itself.
             if !event.is_ok_and(|event| event.kind.is_access()) {
                 // An error means that the follower has ended.
                 let _ = told.send(());

@@ -178,8 +178,8 @@ impl Engaged {
         self.leave.as_ref().is_some_and(Leave::is_probe)
     }
 
-    /// For a probe: registers who measures how long its endpoint is kept waiting. A probe with a slow client loses
-    /// its place to another one.
+    /// For a probe: registers the exchange, which measures how long it delays its endpoint. A probe with a slow client
+    /// loses its place to another one.
     pub fn watch(&self, exchange: Arc<dyn KeepsWaiting>) {
         if let (Some(breaker), Some(leave)) = (&self.admission.breaker, &self.leave) {
             breaker.watch(leave, exchange);

@@ -28,7 +28,7 @@ use ring::Ring;
 pub use schedule::{Schedule, Split};
 pub use turns::SmoothRoundRobin;
 
-/// What a policy knows of its members. They are numbered from 0, in the order given to [`Balance::new`].
+/// The state of a policy's members. They are numbered from 0, in the order given to [`Balance::new`].
 pub trait Candidates {
     /// Number of active attempts of this member.
     fn inflight(&self, number: usize) -> u32;
@@ -173,7 +173,7 @@ impl Balance {
         let Some(first) = draw(alias, among, dice, TRIES) else { return self.least(among, dice, load) };
         let second = match self.shares.len() {
             1 => None,
-            // Repeated drawing would rarely find a light member beside a heavy one.
+            // Repeated drawing would rarely find a light member next to a heavy one.
             2 => Some(1 - first).filter(|&other| among.admits(other)),
             _ => (0..SECOND_TRIES).find_map(|_| draw(alias, among, dice, 1).filter(|&other| other != first)),
         };

@@ -35,7 +35,7 @@ pub struct Terms {
     pub max_open: Duration,
     /// Number of probes while half-open; all must succeed.
     pub probes: u32,
-    /// How long a probe may keep its endpoint waiting before another one replaces it.
+    /// How long a probe may delay its endpoint before another one replaces it.
     pub probe_client: Duration,
 }
 
@@ -138,7 +138,7 @@ struct Trial {
 /// An active probe.
 struct Place {
     number: u64,
-    /// Measures how long it keeps its endpoint waiting.
+    /// Measures how long it delays its endpoint.
     exchange: Option<Arc<dyn KeepsWaiting>>,
 }
 
@@ -216,7 +216,8 @@ impl Breaker {
 
     /// Starts a probe, unless all are active.
     fn probe(&self, now: Instant) -> Result<Leave, Duration> {
-        // Whoever holds the lock starts a probe, and more requests arrive than probes are needed: no need to wait.
+        // The thread that holds the lock starts a probe. More requests arrive than probes are needed, so this one need
+        // not wait.
         let Ok(mut trial) = self.trial.try_lock() else { return Err(SOON) };
         let (mut round, state) = read(self.state.load(Ordering::Acquire));
         match state {
@@ -248,7 +249,7 @@ impl Breaker {
         place.exchange.as_ref().is_some_and(|exchange| exchange.kept_waiting(now) > self.terms.probe_client)
     }
 
-    /// Registers who measures how long a probe keeps its endpoint waiting.
+    /// Registers the exchange of a probe, which measures how long it delays its endpoint.
     pub fn watch(&self, leave: &Leave, exchange: Arc<dyn KeepsWaiting>) {
         let mut trial = self.trial();
         if let Some(place) = trial.places.iter_mut().find(|place| leave.probe == Some(place.number)) {
@@ -534,7 +535,7 @@ mod tests {
         story.away();
     }
 
-    /// An exchange that has kept its endpoint waiting for this many milliseconds.
+    /// An exchange that has delayed its endpoint by this number of milliseconds.
     struct Slow(AtomicU64);
 
     impl KeepsWaiting for Slow {

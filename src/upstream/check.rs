@@ -1,9 +1,10 @@
 //! Active health checks, in the background and never on a worker.
 //!
-//! One loop per upstream with a `health_check`: due endpoints are taken from the [`Agenda`] and checked by the
-//! [`Probe`], a limited number at once, per upstream and over all upstreams ([`Places`]). Results go to the endpoint's `Record` (`upstream/health.rs`), changes to
-//! the roster. Drained endpoints are still checked; removed ones are not. A check uses the same protocol and TLS
-//! settings as exchanges, but a new connection: a kept one would hide that new connections fail.
+//! One loop per upstream with a `health_check`: it takes due endpoints from the [`Agenda`] and checks them with the
+//! [`Probe`]. The number of active checks is limited, per upstream and over all upstreams ([`Places`]). Results go to
+//! the endpoint's `Record` (`upstream/health.rs`), changes to the roster. Drained endpoints are still checked; removed
+//! ones are not. A check uses the same protocol and TLS settings as exchanges, but a new connection: a reused one would
+//! hide that new connections fail.
 
 mod agenda;
 mod connector;
@@ -103,7 +104,7 @@ impl Checks {
         endpoint.set_health(health, self.terms.unknown_is_healthy, now);
     }
 
-    /// The list of endpoints has changed.
+    /// Reports that the list of endpoints has changed.
     pub fn members_changed(&self) {
         self.members_changed.notify_one();
     }
@@ -115,7 +116,7 @@ impl Checks {
         let mut under_way = FuturesUnordered::new();
         let mut place = pin!(Fuse::terminated());
         loop {
-            // Further due checks wait until one ends, or until there is a place.
+            // Other due checks wait until one ends, or until a place is free.
             let next = agenda.next().filter(|_| under_way.len() < self.terms.at_once && place.is_terminated());
             let next_due = async {
                 match next {

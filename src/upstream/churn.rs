@@ -1,5 +1,5 @@
-//! A test: thousands of endpoints come and go while others choose. No busy endpoint is dropped, and no idle one is
-//! kept.
+//! A test: thousands of endpoints are added and removed while other threads select. No busy endpoint may be dropped,
+//! and no idle one kept.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;

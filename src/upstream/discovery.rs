@@ -40,7 +40,7 @@ pub(super) use resolver::{Resolve, Service};
 /// Look-ups of an upstream that run at once.
 const AT_ONCE: usize = 64;
 
-/// What is known of an upstream's endpoints.
+/// The known endpoints of an upstream.
 pub(super) struct Discovery {
     resolver: Box<dyn Resolve>,
     refresh: Duration,
@@ -423,8 +423,8 @@ fn entries(written: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, Ve
     if errors.is_empty() { Ok(entries) } else { Err(errors) }
 }
 
-/// The same for a file. All its endpoints share one label, since labels come from the configuration and the file's
-/// content changes.
+/// As [`entries`], for a file. All its endpoints share one label, since labels come from the configuration and the
+/// file's content changes.
 fn entries_of_file(path: &str, listed: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, String> {
     let label: Arc<str> = path.into();
     let made = listed.iter().enumerate().map(|(index, endpoint)| {

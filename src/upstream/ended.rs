@@ -1,8 +1,8 @@
-//! The result of an attempt: what the proxy reports to an upstream exactly once per attempt, and what each observer
-//! makes of it.
+//! The result of an attempt: what the proxy reports to an upstream exactly once per attempt, and its meaning for each
+//! observer.
 //!
-//! This is the second half of a table: `proxy/blame.rs` maps faults to an [`Outcome`], and [`Ended::seen`] maps it
-//! to what breaker, outlier detection and latency see. A probe of a half-open breaker uses the breaker's view.
+//! This is the second half of a table: `proxy/blame.rs` maps faults to an [`Outcome`], and [`Ended::seen`] maps that to
+//! what breaker, outlier detection and latency see. A probe of a half-open breaker uses the breaker's view.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ use crate::error::Refusal;
 /// The end of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ended {
-    /// What came of it.
+    /// The outcome.
     pub outcome: Outcome,
     /// Time to connect. `None`: the connection was reused, or there was none.
     pub connect: Option<Duration>,
-    /// Time from the last request byte given to the endpoint, as far as known, to the end of the response header.
-    /// `None`: there was no header.
+    /// Time from the last request byte sent to the endpoint, if known, to the end of the response header. `None`: there
+    /// was no header.
     pub wait: Option<Duration>,
     /// Total time of waiting for the endpoint and for no other party.
     pub own: Duration,
@@ -35,7 +35,7 @@ pub enum Outcome {
     Connect(&'static Refusal),
     /// Connected, then failed: reset, timeout, malformed response.
     Failed(&'static Refusal),
-    /// Another party ended it, such as the client, or a kept connection was stale: it does not count against the
+    /// Another party ended it, such as the client, or a reused connection was stale. It does not count against the
     /// endpoint.
     Cancelled,
 }

@@ -1,9 +1,9 @@
 //! The queue of exchanges while all endpoints of an upstream are at their limits: first come, first served.
 //!
-//! An exchange that releases an endpoint gives a *turn* to the first in the queue only. A turn is permission to
-//! choose again. It is used, given back if it does not help, or passed on if its owner has gone; so each free place
-//! is being taken by someone. While exchanges wait, newcomers join the queue instead of choosing. If the queue is
-//! empty, all this costs one atomic load. `proxy/queue.rs` does the waiting and its time limit.
+//! An exchange that releases an endpoint gives a *turn* to the first in the queue only. A turn is permission to select
+//! again. The exchange uses it, returns it if it does not help, or passes it on when it leaves the queue, so that an
+//! exchange takes each free place. While exchanges wait, new exchanges join the queue instead of selecting. If the
+//! queue is empty, this costs one atomic load. `proxy/queue.rs` waits and applies the time limit.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -38,11 +38,11 @@ struct Line {
     waiting: BTreeMap<u64, Arc<Slot>>,
     /// Turns that were given and not used yet.
     given: u32,
-    /// Turns that nobody waited for: the next exchanges in the queue get them. Some may be outdated.
+    /// Turns that were given while no exchange waited: the next ones in the queue get them. Some may be outdated.
     spare: u32,
 }
 
-/// What a turn is for.
+/// The reason for a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Turn {
@@ -78,9 +78,9 @@ pub struct Place {
     ticket: u64,
     slot: Arc<Slot>,
     since: Instant,
-    /// It does not accept every endpoint.
+    /// Whether it does not accept every endpoint.
     choosy: bool,
-    /// Spare turns that it took and could not use, although others may.
+    /// Spare turns that it took and could not use, although other exchanges might.
     unused: u32,
     served: bool,
 }
@@ -166,7 +166,7 @@ impl Queue {
 }
 
 impl Line {
-    /// Gives a turn to the first in the queue, or to the first behind `behind`. `false`: there is none.
+    /// Gives a turn to the first in the queue, or to the first after `behind`. `false`: there is none.
     fn give(&mut self, turn: Turn, behind: Option<u64>) -> bool {
         let first = behind.map_or(0, |ticket| ticket + 1);
         let Some(ticket) = self.waiting.range(first..).next().map(|(ticket, _)| *ticket) else { return false };
@@ -190,17 +190,17 @@ impl Place {
         self.since
     }
 
-    /// Ready when the turn has come: then choose, and call [`Place::missed`] or [`Place::served`].
+    /// Ready once the exchange has a turn: then select, and call [`Place::missed`] or [`Place::served`].
     pub fn poll_turn(&self, cx: &Context<'_>) -> Poll<()> {
         self.slot.waker.register(cx.waker());
         if self.slot.turn() == Turn::None { Poll::Pending } else { Poll::Ready(()) }
     }
 
-    /// The turn did not help: back to the same place in the queue.
+    /// Reports that the turn did not help. The exchange keeps its place in the queue.
     pub fn missed(&mut self) {
         let mut line = self.queue.line();
         if line.spare > 0 {
-            // Another endpoint was released meanwhile, and nobody else was waiting.
+            // Another endpoint was released meanwhile, while no other exchange waited.
             line.spare -= 1;
             self.unused += u32::from(self.choosy);
             return;
@@ -210,7 +210,7 @@ impl Place {
         self.slot.turn.store(Turn::None as u8, Ordering::Release);
         line.waiting.insert(self.ticket, self.slot.clone());
         if self.choosy {
-            // The free endpoint may suit an exchange behind.
+            // The free endpoint may suit an exchange further back.
             line.give_or_spare(turn, Some(self.ticket));
             for _ in 0..std::mem::take(&mut self.unused) {
                 line.give_or_spare(Turn::One, Some(self.ticket));
@@ -218,7 +218,7 @@ impl Place {
         }
     }
 
-    /// The turn was used.
+    /// Reports that the turn was used.
     pub fn served(mut self) {
         self.served = true;
     }
@@ -401,7 +401,7 @@ mod tests {
         /// workers interleave: an exchange with a turn may run later.
         #[test]
         fn nobody_waits_while_there_is_room_for_it_and_nobody_is_overtaken(events in events()) {
-            // If a turn goes to a choosy or a slow newcomer, it comes back when those behind may already have
+            // If a turn goes to a choosy or a slow newcomer, it may come back after the following exchanges have
             // theirs.
             let strict = !events.iter().any(|event| matches!(event, Event::Come(true) | Event::Grow));
             let queue = queue(1_000);

@@ -32,7 +32,7 @@ impl Retries {
         let held = self.held.fetch_add(1, Ordering::Relaxed);
         let permit = Permit { retries: Arc::clone(self), waiting: true };
         let share = allowance.share * (f64::from(inflight) + f64::from(waiting));
-        // Otherwise dropping it gives it back.
+        // Without a permit, dropping it restores the counters.
         (f64::from(held) < share.floor().max(allowance.least.into())).then_some(permit)
     }
 }

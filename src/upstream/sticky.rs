@@ -57,7 +57,9 @@ pub struct Stuck {
 impl Sticky {
     /// Builds it from the settings of the upstream with this name.
     ///
-    /// # Errors An invalid secret.
+    /// # Errors
+    ///
+    /// If a secret is invalid.
     pub fn build(written: &StickyCookie, upstream: &str) -> Result<Sticky, BuildError> {
         let secrets = written.secret.0.iter().map(|secret| Secret::new_from_slice(secret.as_bytes()));
         let secrets: Box<[_]> = secrets

@@ -166,7 +166,7 @@ impl Transport {
 
     /// The dialer for an endpoint at `address`, optionally with an `alternate` address.
     pub(super) fn dialer(&self, address: &SocketAddr, alternate: Option<std::net::SocketAddr>) -> Arc<Dialer> {
-        // Our own connections, such as health checks, use the LOCAL header.
+        // Forebay's own connections, such as for health checks, use the LOCAL header.
         let greeting = self.proxy_protocol.then(greeting::own);
         let narrow = (self.protocol == Protocol::Http1).then_some(NARROW_BYTES);
         let dialer = Dialer::new(self.connections.clone(), narrow, self.timeouts.connect, greeting);

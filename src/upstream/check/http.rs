@@ -89,7 +89,7 @@ impl HealthCheck for Http {
     }
 }
 
-/// A peer with a connection of its own.
+/// A peer with a separate connection.
 pub(super) fn alone(endpoint: &Endpoint) -> pingora::upstreams::peer::HttpPeer {
     let mut peer = *endpoint.peer();
     peer.options.max_h2_streams = 1;

@@ -1,8 +1,8 @@
-//! The common bound on health checks: a number of places, over all upstreams of the process.
+//! The common limit on health checks: a number of places, over all upstreams of the process.
 //!
-//! Each check needs a place. An upstream waits for one place at a time and places are given in the order of waiting, so
-//! upstreams take turns: one with thousands of silent endpoints delays a small one by the end of a few checks. The
-//! time limit of a check begins once it has its place.
+//! Each check needs a place. An upstream waits for one place at a time, and places are granted in the order of waiting,
+//! so upstreams take turns: an upstream with thousands of silent endpoints delays a small one only by the end of a few
+//! checks. The time limit of a check begins once it has its place.
 //!
 //! [`Books`] and [`Pace`] are the rules and use no clock.
 
@@ -29,25 +29,25 @@ struct State {
 }
 
 impl Places {
-    /// This many places.
+    /// Creates `limit` places.
     pub fn new(limit: usize, metrics: CheckPlaces) -> Arc<Places> {
         let state = Mutex::new(State { books: Books { limit, surplus: 0 }, pace: Pace::default() });
         Arc::new(Places { free: Arc::new(Semaphore::new(limit)), state, metrics })
     }
 
-    /// Changes the number of places. Checks that are under way keep theirs.
+    /// Changes the number of places. Active checks keep theirs.
     pub fn set_limit(&self, limit: usize) {
         let more = self.state().books.resize(limit, |fewer| self.free.forget_permits(fewer));
         self.free.add_permits(more);
     }
 
-    /// A place, once one is free.
+    /// Waits for a free place.
     pub async fn take(self: &Arc<Self>) -> Place {
         let permit = match self.free.clone().try_acquire_owned() {
             Ok(permit) => Some(permit),
             Err(_) => {
                 let _waits = Waits::begin(&self.metrics);
-                // It is never closed.
+                // The semaphore is never closed.
                 self.free.clone().acquire_owned().await.ok()
             }
         };
@@ -102,7 +102,7 @@ impl Drop for Waits<'_> {
     }
 }
 
-/// How many places there are.
+/// The number of places.
 #[derive(Debug)]
 struct Books {
     limit: usize,
@@ -125,7 +125,7 @@ impl Books {
         more - stays
     }
 
-    /// A check has ended: whether its place is withdrawn.
+    /// Reports the end of a check. Returns whether its place is withdrawn.
     fn is_withdrawn(&mut self) -> bool {
         let is = self.surplus > 0;
         self.surplus -= usize::from(is);
@@ -141,7 +141,7 @@ fn within(interval: Duration, ahead: Duration, lot: f64) -> Duration {
 /// Spreads first checks, so that thousands of endpoints that appear together are not checked together.
 #[derive(Debug, Default)]
 struct Pace {
-    /// When the next one would be due, if each waited for its step.
+    /// When the next first check would be due, if each waited for its step.
     next: Option<Instant>,
 }
 
@@ -190,7 +190,7 @@ mod tests {
         assert!(poll(pin!(places.take())).is_none(), "others wait");
         let second = poll(second.as_mut()).expect("its turn");
         assert_eq!(counted(), (1, 1));
-        // Whoever waits no longer delays no other.
+        // A dropped waiter does not delay the others.
         drop((third, second));
         assert!(poll(pin!(places.take())).is_some());
         assert_eq!(counted(), (0, 0));

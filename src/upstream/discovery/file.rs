@@ -92,7 +92,7 @@ impl Listed {
 
     fn watcher(&self, told: Arc<Notify>) -> notify::Result<RecommendedWatcher> {
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Ignores read access, which is our own.
+            // Ignores read access, which comes from Forebay itself.
             if !event.is_ok_and(|event| event.kind.is_access()) {
                 told.notify_one();
             }

@@ -1,8 +1,7 @@
-//! What is known of a name: its last good answer, how new answers change it, and when to ask again.
+//! The memory of a name's look-ups: the last good answer, how new answers change it, and the time of the next query.
 //!
-//! A failure says nothing about the name, so the last good answer stays valid. An answer without records may be a
-//! short mistake: it takes effect once it has been repeated for the longest time that an answer is used
-//! (`refresh`).
+//! A failure says nothing about the name, so the last good answer stays valid. An answer without records may be a short
+//! mistake: it takes effect once it has been repeated for the maximum time of use of an answer (`refresh`).
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +27,7 @@ pub enum Kind {
     Failed,
 }
 
-/// What is known of one name.
+/// The memory of one name.
 #[derive(Clone, Debug)]
 pub struct Memory<T> {
     good: Vec<T>,

@@ -1,6 +1,6 @@
 //! Connects to endpoints with the HTTP version that a peer is marked with.
 //!
-//! Pingora's proxy calls it before its own connectors. HTTP/2 uses our own client ([`Http2`]); HTTP/1 uses
+//! Pingora's proxy calls it before its own connectors. HTTP/2 uses Forebay's own client ([`Http2`]); HTTP/1 uses
 //! Pingora's, on an observed stream ([`Followed`]). Pingora's pool keeps idle HTTP/1 connections.
 
 use std::any::Any;
@@ -21,7 +21,7 @@ use super::http2::{Exchange, Http2};
 static HTTP1: LazyLock<CustomALPN> = LazyLock::new(|| CustomALPN::new(b"forebay-h1".to_vec()));
 static HTTP2: LazyLock<CustomALPN> = LazyLock::new(|| CustomALPN::new(b"forebay-h2".to_vec()));
 
-/// Marks a peer for our connector, with HTTP/1 or HTTP/2.
+/// Marks a peer for this connector, with HTTP/1 or HTTP/2.
 pub fn mark(peer: &mut HttpPeer, http1: bool) {
     peer.options.alpn = ALPN::Custom(CustomALPN::clone(if http1 { &HTTP1 } else { &HTTP2 }));
 }
@@ -76,7 +76,7 @@ impl Connector for Endpoints {
     }
 }
 
-/// Forces a new connection that is not kept: idle connections to an endpoint tend to die together, so another kept
+/// Forces a new connection that is not reused: idle connections to an endpoint tend to fail together, so another reused
 /// one would probably fail, too.
 pub fn separate(peer: &mut HttpPeer) {
     // Part of the key of Pingora's connection pool.

@@ -82,7 +82,7 @@ impl Dialer {
         self.retired.store(retired, Ordering::Relaxed);
     }
 
-    /// The same dialer with another header.
+    /// A copy with another PROXY protocol header.
     pub(super) fn greeting(&self, greeting: Box<[u8]>) -> Dialer {
         Dialer {
             connections: self.connections.clone(),
@@ -133,7 +133,7 @@ impl Dialer {
         Ok(stream)
     }
 
-    /// Connects to `address` for our own driver.
+    /// Connects to `address` for Forebay's own driver.
     ///
     /// # Errors
     ///
@@ -182,7 +182,7 @@ impl From<Socket> for Stream {
     }
 }
 
-/// A connection of our own driver, counted for its upstream until it is dropped.
+/// A connection of Forebay's own driver, counted for its upstream until it is dropped.
 #[derive(Debug)]
 pub struct Opened {
     /// The socket.

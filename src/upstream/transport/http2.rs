@@ -74,7 +74,7 @@ struct Shared {
     send: Mutex<Option<SendStream<Bytes>>>,
 }
 
-/// We cancelled the request: this says nothing about the endpoint.
+/// Forebay cancelled the request: this says nothing about the endpoint.
 pub const HUNG_UP: ErrorType = ErrorType::new("the client is gone");
 
 impl StreamHandle {
@@ -89,7 +89,7 @@ impl StreamHandle {
         self.0.unwanted.store(true, Ordering::Release);
     }
 
-    /// Ready when the endpoint has accepted everything it was given of the request, or never will.
+    /// Ready when the endpoint has accepted all passed bytes of the request, or will accept no more.
     ///
     /// A chunk is passed to the library as a whole, and the next one waits here. Waiting at the hand-over would
     /// also block the response: Pingora does one after the other, and an endpoint may respond before it has read
@@ -97,7 +97,7 @@ impl StreamHandle {
     pub fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut send = self.send();
         let Some(send) = send.as_mut().filter(|_| !self.is_over()) else { return Poll::Ready(()) };
-        // One byte more than what is already waiting.
+        // One byte more than the bytes that already wait.
         send.reserve_capacity(1);
         while send.capacity() == 0 {
             let Some(Ok(_)) = ready!(send.poll_capacity(cx)) else { return Poll::Ready(()) };
@@ -115,7 +115,7 @@ impl StreamHandle {
     }
 }
 
-/// Completes when the response is no longer waited for.
+/// Completes once the wait for the response is cancelled.
 struct Ends<'e>(&'e StreamHandle);
 
 impl Eye for Ends<'_> {
@@ -159,7 +159,7 @@ struct Connection {
     /// Limit on its streams.
     most: usize,
     usage: Mutex<Usage>,
-    /// How long it is kept while idle.
+    /// Maximum idle time.
     idle: Duration,
     tls: bool,
     /// Its endpoint's address, for requests without a host.
@@ -173,7 +173,7 @@ struct Usage {
     streams: usize,
     /// When its last stream ended.
     idle_since: Option<Instant>,
-    /// It accepts no further streams.
+    /// Whether it accepts no further streams.
     over: bool,
 }
 
@@ -189,7 +189,7 @@ impl Pool {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A kept connection with room for a stream, which is reserved.
+    /// A pooled connection with room for a stream, which is reserved.
     fn find(&self, key: u64) -> Option<Arc<Connection>> {
         let Kept { connections, idle } = &mut *self.kept();
         let free = |connection: &&Arc<Connection>| {
@@ -437,7 +437,7 @@ impl Exchange {
     }
 }
 
-/// Sends a chunk of our own request as the endpoint accepts it. Each wait is limited to `patience`.
+/// Sends a chunk of a request of Forebay itself as the endpoint accepts it. Each wait is limited to `patience`.
 async fn write(body: &mut SendStream<Bytes>, mut data: Bytes, patience: Option<Duration>) -> Result<()> {
     while !data.is_empty() {
         body.reserve_capacity(data.len());
@@ -500,7 +500,7 @@ fn before_answer(error: h2::Error) -> Box<Error> {
     if unbegun {
         told.retry = RetryType::Decided(true);
     } else if matches!(broken, Some(ErrorKind::ConnectionReset | ErrorKind::TimedOut | ErrorKind::BrokenPipe)) {
-        // A kept connection may be stale.
+        // A reused connection may be stale.
         told.retry = RetryType::ReusedOnly;
     }
     told
@@ -660,7 +660,7 @@ impl client::Session for Exchange {
         self.connection.socket
     }
 
-    // Custom messages belong to protocols that are not HTTP; there are none here, but Pingora asks for both ends.
+    // Custom messages belong to protocols other than HTTP. There are none here, but Pingora requires both ends.
 
     fn take_custom_message_reader(&mut self) -> Option<Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>> {
         Some(Box::new(stream::empty()))

@@ -1,7 +1,8 @@
-//! Two addresses of one server, IPv6 and IPv4: which is tried first, and what happens if it does not answer.
+//! Two addresses of one server, IPv6 and IPv4: which is tried first, and what happens if it does not respond.
 //!
-//! A listed address may be unreachable: a host may lack IPv6, or packets may be dropped. So the second address is
-//! tried as well if the first has not answered after a delay (RFC 8305). The one that answered is then tried first
+//! A listed address may be unreachable: a host may lack IPv6, or packets may be dropped. So the second address is tried
+//! as well if the first has not responded after a delay (RFC 8305). The responding address is then tried first for some
+//! time, so that a dead address does not delay every connection.
 //! for some time, so that a dead address does not delay every connection.
 
 use std::future::Future;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::party::wait::{NoClient, within};
 
-/// How long the address that answered is tried first (similar to RFC 8305 §8).
+/// How long the address that responded is tried first (similar to RFC 8305 §8).
 const KEPT: Duration = Duration::from_secs(600);
 
 /// Two addresses of one server; the first is preferred.
@@ -21,7 +22,7 @@ const KEPT: Duration = Duration::from_secs(600);
 pub(super) struct Pair {
     first: SocketAddr,
     second: SocketAddr,
-    /// When the second one last answered instead of the first, in milliseconds from `base`, plus 1; 0: never.
+    /// When the second one last responded instead of the first, in milliseconds from `base`, plus 1; 0: never.
     turned: AtomicU64,
     base: Instant,
 }
@@ -48,7 +49,7 @@ impl Pair {
         if address == self.first { self.second } else { self.first }
     }
 
-    /// This address has answered, and the other one, tried before it, has not.
+    /// Reports that this address has responded, and the other one, tried before it, has not.
     pub fn prefer(&self, address: SocketAddr, now: Instant) {
         let turned = if address == self.second { self.millis(now) } else { 0 };
         self.turned.store(turned, Ordering::Relaxed);

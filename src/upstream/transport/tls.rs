@@ -54,7 +54,7 @@ impl Flaw {
         Flaw::of_tls(digest?.ssl_digest.as_deref())
     }
 
-    /// The same, from its TLS digest.
+    /// As [`Flaw::of`], from the TLS digest.
     pub fn of_tls(digest: Option<&SslDigest>) -> Option<Flaw> {
         digest?.extension.get::<Flaw>().copied()
     }
