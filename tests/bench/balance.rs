@@ -1,4 +1,4 @@
-//! What choosing an endpoint costs: each policy alone, Pingora's `LoadBalancer` round the schedule, and the whole of
+//! The cost of selecting an endpoint: each policy alone, Pingora's `LoadBalancer` with the schedule, and the complete
 //! `select`.
 //!
 //! `cargo bench --bench balance`
@@ -90,7 +90,7 @@ fn pick(c: &mut Criterion) {
     }
 }
 
-/// Members that are all alike, but for those that are turned down.
+/// Equal members, some of which are rejected.
 struct Members {
     inflight: Box<[AtomicU32]>,
     refused: Box<[bool]>,
@@ -141,7 +141,8 @@ fn balance(policy: Policy, bounded_load: Option<f64>, number: usize) -> Balance 
     Balance::new(&LoadBalancing { policy, bounded_load, ..LoadBalancing::default() }, &members)
 }
 
-/// The whole of `select` with every policy, taken and let go; and that of a client that stays where it was.
+/// The complete `select` with every policy, including the release of the endpoint; and that of a client with session
+/// affinity.
 fn select(c: &mut Criterion) {
     let mut group = c.benchmark_group("whole select");
     for (name, policy, bounded_load) in POLICIES {
@@ -171,7 +172,7 @@ fn select(c: &mut Criterion) {
     group.finish();
 }
 
-/// Every policy, with everybody admitted and with every other one turned down.
+/// Every policy, with all members admitted and with every other one rejected.
 fn policies(c: &mut Criterion) {
     let mut group = c.benchmark_group("policy");
     for (name, policy, bounded_load) in POLICIES {

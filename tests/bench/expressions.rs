@@ -1,4 +1,4 @@
-//! What a condition and a value cost a request, and what it costs to make them ready.
+//! The cost of a condition and of a value per request, and the cost of compiling them.
 //!
 //! `cargo bench --bench expressions`
 
@@ -9,7 +9,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use forebay::expression::{Asked, Condition, Facts, Moment, Value};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 
-/// Rules as operators write them; each holds for the request below.
+/// Rules as operators write them; each is true for the request below.
 const CONDITIONS: [(&str, &str); 6] = [
     ("path and header", r#"request.path.startsWith("/api") && request.headers["x-user"] != """#),
     ("pattern", r#"request.headers["user-agent"].matches("(?i)bot|crawler|spider")"#),

@@ -1,14 +1,15 @@
-//! The gate that noise cannot move: how many instructions the worker of a Forebay spends on an exchange.
+//! A performance gate that is insensitive to noise: the number of instructions that Forebay's worker needs per
+//! exchange.
 //!
 //! `cargo bench --profile dev --bench instructions` (`make gate`) starts `target/release/forebay` (or `FOREBAY_BIN`)
-//! under callgrind, twice for each cell, with fewer and with more requests. The difference, divided by the difference
-//! of the requests, is free of what a start costs. It fails where a cell spends more than its bound. Only instructions
-//! in user mode count, so other load on the machine changes nothing; system calls are not in it.
+//! under callgrind, twice for each cell, with fewer and with more requests. The difference of the counts, divided by
+//! the difference of the requests, excludes the cost of the start. The gate fails if a cell exceeds its bound. Only
+//! instructions in user mode count, so other load on the machine has no effect; system calls are not included.
 //!
-//! The cell `rules` is `small` with ten routes before it whose conditions are all asked, `skipped` is `small` by a route
-//! with ten filters whose conditions are all asked. Each is compared with `small` in the same run.
+//! The cell `rules` is `small` with ten routes before it whose conditions are all evaluated. `skipped` is `small` on a
+//! route with ten filters whose conditions are all evaluated. Each is compared with `small` in the same run.
 //!
-//! `-- small upload` measures these cells only; `-- --keep DIR` keeps what callgrind wrote, for `callgrind_annotate`.
+//! `-- small upload` measures only these cells; `-- --keep DIR` keeps the output of callgrind for `callgrind_annotate`.
 
 #[path = "rules.rs"]
 mod rules;
@@ -27,20 +28,20 @@ use bytes::Bytes;
 use clap::Parser;
 use rules::RULES;
 
-/// The requests of the two runs.
+/// The numbers of requests in the two runs.
 const FEWER: usize = 1_000;
 const MORE: usize = 3_000;
-/// Clients at a time; callgrind is so slow that all of them always wait.
+/// Simultaneous clients; callgrind is so slow that all of them always wait.
 const CLIENTS: usize = 16;
-/// The number that callgrind gives to the first thread.
+/// The number of the first thread in callgrind.
 const FIRST_THREAD: &str = "01";
-/// For any single wait: callgrind makes a program some fifty times slower.
+/// Limit of a single wait: callgrind makes a program about fifty times slower.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Where a processor is quick at `rep movs`, glibc copies with it, and callgrind counts it once for each byte. Without
-/// it the counts are the same on every machine.
+/// On processors with fast `rep movs`, glibc copies with it, and callgrind counts it once per byte. Without it, the
+/// counts are equal on all machines.
 const TUNABLES: &str = "glibc.cpu.x86_rep_movsb_threshold=1073741824:glibc.cpu.x86_rep_stosb_threshold=1073741824";
 
-/// What is measured, and how many thousand instructions it may take.
+/// A cell, and its bound in thousands of instructions.
 struct Cell {
     name: &'static str,
     work: Work,
@@ -49,18 +50,18 @@ struct Cell {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Work {
-    /// Requests on connections that are kept.
+    /// Requests on keep-alive connections.
     Kept,
-    /// Each on a connection of its own.
+    /// Each request on a new connection.
     Connecting,
-    /// Each a stream of HTTP/2, four at a time on four connections.
+    /// Each request on an HTTP/2 stream: four at a time on each of four connections.
     Http2,
 }
 
-/// What a request may take that passes ten rules, over one that passes none: of routes, and of filters. Measured were
-/// 3.2 and 3.9 thousand instructions more, 1.035 and 1.043 times as many; system calls, which are some 0.4 of the CPU
-/// of a small request, are not in it. Where the same work takes fewer instructions (copies by whole strings count for
-/// each byte on some processors), the part of the rules is larger.
+/// Bounds on the ratio of a request that passes ten rules to one that passes none, for rules on routes and on filters.
+/// Measured: 3.2 and 3.9 thousand instructions more, ratios 1.035 and 1.043. System calls, about 0.4 of the CPU time of
+/// a small request, are not included. If the other work takes fewer instructions (some processors count string copies
+/// per byte), the share of the rules is larger.
 const RULES_MOST: [(&str, f64); 2] = [("rules", 1.05), ("skipped", 1.06)];
 
 const CELLS: &[Cell] = &[
@@ -122,13 +123,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The instructions of the worker: of the thread that has spent most, besides the first, which starts the others. Their
-/// numbers may differ from run to run.
+/// The instructions of the worker: of the thread with the most instructions except the first, which starts the others.
+/// Thread numbers may differ between runs.
 fn busiest(spent: &BTreeMap<String, u64>) -> u64 {
     spent.iter().filter(|(thread, _)| *thread != FIRST_THREAD).map(|(_, spent)| *spent).max().unwrap_or_default()
 }
 
-/// Instructions of each thread, by its number, of a Forebay that has served so many requests.
+/// The instructions of each thread, by its number, of a Forebay that has served `count` requests.
 fn run(cell: &Cell, count: usize, origin: SocketAddr, dir: &Path, out: &Path) -> Result<BTreeMap<String, u64>> {
     let [web, admin] = [free_address()?, free_address()?];
     let file = dir.join(format!("{}.yaml", cell.name));
@@ -170,7 +171,7 @@ routes:
     threads(&written)
 }
 
-/// What callgrind wrote of each thread, which it numbers as they begin.
+/// The output of callgrind for each thread; it numbers threads in the order of their start.
 fn threads(written: &Path) -> Result<BTreeMap<String, u64>> {
     let (dir, name) = (written.parent().context("a folder")?, written.file_name().context("a name")?);
     let prefix = format!("{}-", name.to_string_lossy());
@@ -208,7 +209,7 @@ impl Forebay {
 
     fn stop(&mut self) -> Result<()> {
         let pid = i32::try_from(self.0.id())?;
-        // SAFETY: kill has no memory effects; the child is ours and was not waited for, so the id is its own.
+        // SAFETY: kill has no memory effects. The child was not waited for, so its id is not reused.
         ensure!(unsafe { libc::kill(pid, libc::SIGTERM) } == 0, "Forebay cannot be stopped");
         let begin = Instant::now();
         while self.0.try_wait()?.is_none() {
@@ -230,7 +231,7 @@ fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
-/// An origin: 100 bytes with five fields, or 1 MiB at `/1m`. Requests are read to their end.
+/// An origin: 100 bytes with five fields, or 1 MiB at `/1m`. It reads requests to their end.
 fn origin() -> Result<SocketAddr> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
@@ -270,7 +271,7 @@ fn answer(stream: TcpStream) -> Result<()> {
     }
 }
 
-/// Lets the clients make `count` requests together.
+/// Makes `count` requests with all clients together.
 fn http1(web: SocketAddr, cell: &str, work: Work, count: usize) -> Result<()> {
     let body = if cell == "upload" { "x".repeat(64 << 10) } else { String::new() };
     let (method, length) = match body.len() {
@@ -330,7 +331,7 @@ fn read_answer(connection: &mut BufReader<TcpStream>) -> Result<()> {
     Ok(())
 }
 
-/// Four connections with four streams each at a time.
+/// Uses four connections, with four streams at a time on each.
 fn http2(web: SocketAddr, count: usize) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -1,4 +1,4 @@
-//! What finding a route costs with 10 and with 10,000 of them.
+//! The cost of selecting a route from 10 and from 10,000 routes.
 //!
 //! `cargo bench --bench routes`
 
@@ -10,10 +10,10 @@ use forebay::config::route::{Match, PathMatch, ValueMatch};
 use forebay::proxy::routes::table::{Query, Table};
 use http::{HeaderMap, HeaderValue, Method};
 
-/// The rule number `n` of some kind.
+/// The rule with number `n` of a kind.
 type Rule = fn(usize) -> Match;
 
-/// Every way in which many routes are told apart.
+/// The conditions that distinguish many routes.
 const KINDS: [(&str, Rule); 7] = [
     ("hosts", |n| host(&format!("shop{n}.example.com"))),
     ("wildcards", |n| host(&format!("*.shop{n}.example.com"))),

@@ -1,6 +1,6 @@
-//! Ten rules for the benchmarks that measure what rules cost.
+//! Ten rules for the benchmarks that measure the cost of rules.
 
-/// Rules as operators write them. None holds for the requests of the benchmarks, so that each is asked.
+/// Rules as operators write them. None is true for the requests of the benchmarks, so each of them is evaluated.
 pub const RULES: [&str; 10] = [
     r#"request.headers["user-agent"].matches("(?i)scrapy|python-requests|headless")"#,
     r#"request.path.startsWith("/api/") && request.headers["x-user"] != """#,

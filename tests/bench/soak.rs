@@ -1,11 +1,11 @@
-//! A soak: fast and slow clients for ten minutes, many of which leave in the middle, before a Forebay whose memory is
-//! to stay flat.
+//! A soak test: fast and slow clients for ten minutes, many of which leave in the middle, and a Forebay whose memory
+//! must not grow.
 //!
 //! `cargo bench --profile dev --bench soak` starts `target/release/forebay` (or `FOREBAY_BIN`) with its built-in origin
-//! behind it. A line every 15 seconds says what the process holds. It fails if the memory grows from the second fifth
-//! of the time to the last by more than [`GROWTH_MAX`], if anything is left open once all clients have gone, or if a
-//! fast client is ever not answered rightly. `-- --seconds 60` makes it shorter, `-- --slow 500` asks for more slow
-//! clients.
+//! as endpoint. It prints the resources of the process every 15 seconds. It fails if the memory grows by more than
+//! [`GROWTH_MAX`] from the second fifth of the time to the last, if anything stays open after all clients have left, or
+//! if a fast client ever gets a wrong response. `-- --seconds 60` makes it shorter, `-- --slow 500` sets the number of
+//! slow clients.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -22,10 +22,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use socket2::{Domain, Socket, Type};
 
-/// By how much the memory may grow, as a share of itself.
+/// Limit on the growth of the memory, as a share of it.
 const GROWTH_MAX: f64 = 0.15;
 
-/// The kernel is given this long to notice that a client has gone, and Forebay to close what it held for it.
+/// Time for the kernel to notice that clients have left, and for Forebay to release their resources.
 const REST: Duration = Duration::from_secs(20);
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -82,7 +82,7 @@ routes: [ {{ name: all, upstream: app }} ]
             let held = gateway.held(admin)?;
             println!("{:4} s: {held}; {counts}", begin.elapsed().as_secs());
             seen.push((begin.elapsed(), held.resident));
-            // The log is not what is looked at.
+            // The log is not the subject of this test.
             fs::File::options().write(true).open(dir.path().join("access.log"))?.set_len(0)?;
         }
         stop.store(true, Ordering::Relaxed);
@@ -118,7 +118,7 @@ impl std::fmt::Display for Counts {
     }
 }
 
-/// What the process holds.
+/// The resources of the process.
 struct Held {
     resident: u64,
     descriptors: usize,
@@ -138,7 +138,7 @@ impl std::fmt::Display for Held {
     }
 }
 
-/// A process that is killed when this is dropped.
+/// A process that is killed on drop.
 struct Running(Child);
 
 impl Drop for Running {
@@ -177,12 +177,12 @@ impl Running {
         })
     }
 
-    /// Waits until nothing is held any more for clients that have gone.
+    /// Waits until all resources of clients that have left are released.
     fn at_rest(&self, admin: SocketAddr, idle: &Held) -> Result<Held> {
         let deadline = Instant::now() + REST;
         loop {
             let held = self.held(admin)?;
-            // Connections to the origin are kept.
+            // Connections to the origin stay open.
             if held.spooled == 0.0 && held.slow == 0.0 && held.descriptors < idle.descriptors + 64 {
                 return Ok(held);
             }
@@ -192,7 +192,7 @@ impl Running {
     }
 }
 
-/// One that takes what it gets, and is always answered.
+/// A client that reads at once and must always get its response.
 fn fast(web: SocketAddr, seed: u64, stop: &AtomicBool, counts: &Counts) -> Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
     while !stop.load(Ordering::Relaxed) {
@@ -218,16 +218,16 @@ fn fast(web: SocketAddr, seed: u64, stop: &AtomicBool, counts: &Counts) -> Resul
     Ok(())
 }
 
-/// A client that is never done fast.
+/// A client that sends or reads slowly.
 struct Slow {
     stream: TcpStream,
-    /// Bytes that it sends or reads yet, and those at which it gives up.
+    /// The number of bytes left to send or read, and the number at which it gives up.
     left: usize,
     gives_up_at: usize,
     reads: bool,
 }
 
-/// So many slow clients at a time, each of them followed by another when it is done or gives up.
+/// Runs `count` slow clients at a time. Each is followed by another one when it completes or gives up.
 fn crowd(
     web: SocketAddr,
     count: usize,
@@ -286,7 +286,7 @@ impl Slow {
         Ok(Slow { stream, left: bytes, gives_up_at, reads })
     }
 
-    /// A step every tenth of a second. Says when it has ended, and whether it was done.
+    /// Performs a step, every tenth of a second. Returns whether it has ended, and if so, whether it completed.
     fn go_on(&mut self, rng: &mut StdRng) -> Result<Option<bool>> {
         let mut space = [b'x'; 20_000];
         let some = rng.gen_range(500..20_000).min(self.left.max(1));
@@ -297,7 +297,7 @@ impl Slow {
         };
         match moved {
             Ok(0) if self.reads => bail!("an answer was cut {} bytes before its end", self.left),
-            // The header of an answer counts as well, or the answer to an upload was read.
+            // An uploader with no bytes left has read its response. A reader's bytes include the response header.
             Ok(moved) if self.left == 0 && !self.reads => return Ok((moved > 0).then_some(true).or(Some(false))),
             Ok(moved) => self.left = self.left.saturating_sub(moved),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}

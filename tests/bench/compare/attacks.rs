@@ -1,8 +1,9 @@
-//! The cell with attacks: what each costs the proxy, what a fast client beside it feels, and whether it was seen.
+//! The cell `attacks`: the cost of each attack for the proxy, its effect on a concurrent fast client, and whether it
+//! was detected.
 //!
-//! The fast client speaks TLS on kept connections. An attack begins after it has been alone, is of a bounded load
-//! (`hostile`), and ends before memory is looked at for the last time. nginx has the same clients before it; it has no
-//! counters to ask.
+//! The fast client speaks TLS on keep-alive connections. An attack begins after a time in which the fast client is
+//! alone, has a bounded load (`hostile`), and ends before the last measurement of memory. nginx has the same clients;
+//! it has no counters.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -21,12 +22,12 @@ use crate::process::open_and_get;
 use crate::proxies::Running;
 use crate::secure::Link;
 
-/// The fast client's first second does not count, and then it is alone.
+/// The first second of the fast client does not count. After it, the client is alone.
 const WARM: Duration = Duration::from_secs(1);
 const ALONE: Duration = Duration::from_secs(4);
-/// How long an attack takes: longer than the deadlines of headers and handshakes.
+/// Duration of an attack: longer than the deadlines of headers and handshakes.
 pub const LENGTH: Duration = Duration::from_secs(15);
-/// How long connections that say nothing are there before memory is looked at.
+/// How long silent connections exist before memory is measured.
 const SILENCE: Duration = Duration::from_secs(4);
 
 /// A way to attack.
@@ -67,12 +68,12 @@ pub enum Attack {
 }
 
 impl Attack {
-    /// As on the command line.
+    /// The name on the command line.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// In words. `idle`: how many connections say nothing.
+    /// A description. `idle`: the number of silent connections.
     pub fn title(self, idle: usize) -> String {
         match self {
             Attack::SlowHeaders => "1,000 headers that come slowly (slowhttptest -H)".to_owned(),
@@ -95,7 +96,7 @@ impl Attack {
     }
 }
 
-/// What is measured beside an attack. MB are of 1,000,000 bytes.
+/// The figures of an attack. A MB is 1,000,000 bytes.
 pub const ATTACK_COLUMNS: &[Column] = &[
     Column { key: "p99_beside_ms", heading: "p99 beside ms", decimals: 2, compared: true },
     Column { key: "p99_alone_ms", heading: "alone ms", decimals: 2, compared: false },
@@ -109,7 +110,7 @@ pub const ATTACK_COLUMNS: &[Column] = &[
     Column { key: "uncounted", heading: "uncounted", decimals: 0, compared: false },
 ];
 
-/// What must be reached beside an attack.
+/// The goals for attacks.
 pub const ATTACK_GOALS: &[Goal] = &[
     Goal { what: "a fast client's p99, x nginx", column: "p99_beside_ms", over: Some("nginx"), must: 1.5, aim: None },
     Goal { what: "MB at the peak more than before", column: "peak_mb", over: None, must: 128.0, aim: None },
@@ -118,18 +119,18 @@ pub const ATTACK_GOALS: &[Goal] = &[
     Goal { what: "unseen by any counter", column: "uncounted", over: None, must: 0.0, aim: None },
 ];
 
-/// Who takes part: a fresh proxy, and so many that say nothing if that is the attack.
+/// The setting: a fresh proxy, and the number of silent connections for that attack.
 pub struct Scene<'a> {
     /// The CPUs.
     pub machine: &'a Machine,
-    /// The proxy that is attacked.
+    /// The attacked proxy.
     pub proxy: &'a Running,
-    /// Connections that say nothing.
+    /// Number of silent connections.
     pub idle: usize,
 }
 
 impl Scene<'_> {
-    /// One figure per column of [`ATTACK_COLUMNS`]. `counts`: whether the proxy has counters.
+    /// Returns one figure per column of [`ATTACK_COLUMNS`]. `counts`: whether the proxy has counters.
     pub fn attacked_by(&self, attack: Attack, counts: bool) -> Result<Vec<f64>> {
         let server = &self.proxy.server;
         let (address, manner) = (server.address(), server.manner());
@@ -157,7 +158,7 @@ impl Scene<'_> {
         }
         let (went, busy) = (fast.elapsed(), server.cpu_seconds()? - cpu);
         let log = fast.finish()?;
-        // What is held for connections that have gone is let go within seconds.
+        // The resources of closed connections are released within seconds.
         let settled = Instant::now();
         let mut after = settled_bytes(self.proxy)? as f64;
         while after - before > 8e6 && settled.elapsed() < Duration::from_secs(10) {
@@ -170,7 +171,7 @@ impl Scene<'_> {
         if counts {
             eprintln!("    counted: {more}");
         }
-        // What is as good as any other connection is counted as one; all else is refused.
+        // Connections that look like any other are counted as such; all others are refused.
         let expects = |name: &str| match attack {
             Attack::Handshakes | Attack::Idle | Attack::SlowRange => name.starts_with("handshakes"),
             _ => !name.starts_with("handshakes"),
@@ -191,7 +192,7 @@ impl Scene<'_> {
         ])
     }
 
-    /// Connections of TLS, as fast as they are taken, each after one request.
+    /// Opens silent TLS connections as fast as the proxy accepts them, each after one request.
     fn silent(&self, address: SocketAddr) -> Result<Vec<Link>> {
         let (place, manner, idle) = (self.machine.slow_clients(), self.proxy.server.manner(), self.idle);
         let come = || -> Result<Vec<Link>> {
@@ -205,7 +206,7 @@ impl Scene<'_> {
 fn is_open(link: &Link) -> bool {
     let socket = link.socket();
     let silent = socket.set_nonblocking(true).and_then(|()| socket.peek(&mut [0]));
-    // All that it was to hear was read; the rest would be a farewell.
+    // Everything expected was read; further bytes would announce a close.
     matches!(silent, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
 }
 

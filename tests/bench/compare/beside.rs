@@ -1,5 +1,5 @@
-//! The cells with a crowd of slow clients: what the crowd costs the proxy and the origin, and what a fast client beside
-//! it feels. One sample of each is taken here; `measure` repeats it for each proxy and round.
+//! The cells with many slow clients: their cost for the proxy and the origin, and their effect on a concurrent fast
+//! client. This module takes one sample of each; `measure` repeats it for each proxy and round.
 
 use std::time::Duration;
 
@@ -14,25 +14,25 @@ use crate::process::body_of;
 use crate::proxies::Running;
 use crate::slow::{Readers, Uploaders};
 
-/// The fast client's first second does not count: buffers, pools and caches are filled in it.
+/// The first second of the fast client does not count, since buffers, pools and caches are being filled.
 const WARM: Duration = Duration::from_secs(1);
 
-/// How long the fast client is then alone.
+/// How long the fast client is alone after that.
 const ALONE: Duration = Duration::from_secs(5);
 
-/// When readers have arrived, and the fast client's latency is looked at for itself.
+/// The period in which readers arrive. The fast client's latency in it is a separate figure.
 const ARRIVAL: Duration = Duration::from_secs(4);
 
-/// From here on the crowd is there, and the fast client should feel nothing of it any more.
+/// From this time on, all readers have arrived, and the fast client should not notice them any more.
 const LATER: Duration = Duration::from_secs(3);
 
-/// How long the fast client is beside uploaders after that.
+/// How long the fast client and the uploaders run together after that.
 const BESIDE: Duration = Duration::from_secs(5);
 
-/// When what readers cost is looked at.
+/// When the cost of readers is measured.
 const END: Duration = Duration::from_secs(25);
 
-/// What is measured beside uploaders that pause. KB are of 1,000 bytes.
+/// The figures for uploaders that pause. A KB is 1,000 bytes.
 pub const UPLOADER_COLUMNS: &[Column] = &[
     Column { key: "kb_each", heading: "KB each", decimals: 1, compared: true },
     Column { key: "backends", heading: "backends", decimals: 0, compared: false },
@@ -43,7 +43,7 @@ pub const UPLOADER_COLUMNS: &[Column] = &[
     Column { key: "failed", heading: "failed", decimals: 0, compared: false },
 ];
 
-/// What must be reached beside uploaders.
+/// The goals for uploaders.
 pub const UPLOADER_GOALS: &[Goal] = &[
     Goal { what: "backends opened for them", column: "backends", over: None, must: 0.0, aim: None },
     Goal { what: "KB of memory each", column: "kb_each", over: None, must: 48.0, aim: Some(24.0) },
@@ -56,7 +56,7 @@ pub const UPLOADER_GOALS: &[Goal] = &[
     },
 ];
 
-/// What is measured beside slow readers.
+/// The figures for slow readers.
 pub const READER_COLUMNS: &[Column] = &[
     Column { key: "p99_arriving_ms", heading: "p99 0-4 s ms", decimals: 2, compared: true },
     Column { key: "p99_later_ms", heading: "3-25 s ms", decimals: 2, compared: true },
@@ -73,7 +73,7 @@ pub const READER_COLUMNS: &[Column] = &[
     Column { key: "failed", heading: "failed", decimals: 0, compared: false },
 ];
 
-/// What must be reached beside slow readers.
+/// The goals for slow readers.
 pub const READER_GOALS: &[Goal] = &[
     Goal {
         what: "a fast client's p99 as they arrive, x haproxy's",
@@ -93,20 +93,20 @@ pub const READER_GOALS: &[Goal] = &[
     Goal { what: "KB of memory each after 25 s", column: "kb_each", over: None, must: 128.0, aim: None },
 ];
 
-/// Who takes part in a sample, all fresh: a process that has had such a crowd before holds memory to spare.
+/// The setting of a sample. All processes are fresh, since a process that had such clients before has spare memory.
 pub struct Stage<'a> {
     /// The CPUs.
     pub machine: &'a Machine,
-    /// The proxy that is measured.
+    /// The measured proxy.
     pub proxy: &'a Running,
-    /// The origin of the slow clients, and of them alone.
+    /// The origin of the slow clients only.
     pub origin: &'a Running,
-    /// How many slow clients come.
+    /// Number of slow clients.
     pub slow: usize,
 }
 
 impl Stage<'_> {
-    /// One figure per column of `UPLOADER_COLUMNS`.
+    /// Returns one figure per column of `UPLOADER_COLUMNS`.
     pub fn beside_uploaders(&self) -> Result<Vec<f64>> {
         let address = self.proxy.server.address();
         let fast = self.fast_client_alone()?;
@@ -125,7 +125,7 @@ impl Stage<'_> {
         Ok(vec![kb_each, backends as f64, alone, beside, beside / alone, lost, failed])
     }
 
-    /// One figure per column of `READER_COLUMNS`.
+    /// Returns one figure per column of `READER_COLUMNS`.
     pub fn beside_readers(&self) -> Result<Vec<f64>> {
         let fast = self.fast_client_alone()?;
         let bytes = self.proxy.server.resident_bytes()?;
@@ -160,7 +160,7 @@ impl Stage<'_> {
         ])
     }
 
-    /// A fast client that has had its time alone.
+    /// Starts a fast client and waits until its time alone is over.
     fn fast_client_alone(&self) -> Result<FastClient> {
         let fast = FastClient::start(
             self.machine.fast_client(),

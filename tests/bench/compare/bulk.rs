@@ -1,8 +1,8 @@
-//! The origin behind slow clients: large answers as fast as the kernel takes them, uploads read to their end, and
-//! counts of what it was bothered with, which nginx in its place could not tell.
+//! The origin of slow clients: it sends large responses as fast as the kernel accepts them, reads uploads to their end,
+//! and counts the resulting load, which nginx as an origin could not.
 //!
-//! It runs as a process of its own, on the origin's CPU, so that its descriptors and its CPU time are its own: `main`
-//! starts it, `proxies` points the proxies at it, `beside` reads its counts.
+//! It runs as a separate process on the origin's CPU, so that its descriptors and CPU time are separate: `main` starts
+//! it, `proxies` configures the proxies for it, `beside` reads its counts.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -13,36 +13,37 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 
-/// Bytes of the answer to `GET /4m`.
+/// Size of the response to `GET /4m`.
 pub const LARGE_BYTES: usize = 4 << 20;
 
-/// A large answer is written in such pieces: the kernel may not let others go before the end of a write.
+/// Large responses are written in pieces of this size: the kernel may not schedule other threads before the end of a
+/// write.
 const PIECE_BYTES: usize = 128 << 10;
 
-/// A connection has a thread, for then it is the kernel that says whose turn it is. Threads that wait cost no CPU.
+/// Each connection has a thread, so that the kernel schedules them. Waiting threads use no CPU time.
 const STACK_BYTES: usize = 128 << 10;
 
-/// A header that is not complete within so many bytes ends its connection.
+/// A connection ends if its header is not complete within this number of bytes.
 const HEADER_BYTES: usize = 16 << 10;
 
-/// How often it looks whether the rest of an answer has left, in milliseconds.
+/// Interval in milliseconds between checks whether the rest of a response was sent.
 const LOOK_MILLISECONDS: libc::c_int = 100;
 
-/// What the origin was bothered with since it started. Requests for `/small` and `/counts` do not count, nor do
-/// connections whose first request is one of these.
+/// The load on the origin since its start. Requests for `/small` and `/counts` do not count, nor do connections whose
+/// first request is one of these.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Connections taken.
+    /// Accepted connections.
     pub connections: i64,
-    /// Requests whose header has come.
+    /// Requests with a complete header.
     pub begun: i64,
-    /// Requests begun whose answer has not wholly left the kernel of the origin: those that keep a backend busy now.
+    /// Requests whose response has not left the origin's kernel completely: those that occupy a backend now.
     pub busy: i64,
 }
 
 impl Counts {
-    /// Backends that were bothered since `before`: a request on a kept connection bothers one as much as a new
-    /// connection without a request does.
+    /// The number of backends that were occupied since `before`: a request on a reused connection occupies one, and so
+    /// does a new connection without a request.
     pub fn bothered_since(&self, before: &Counts) -> i64 {
         (self.connections - before.connections).max(self.begun - before.begun)
     }
@@ -74,8 +75,9 @@ struct Origin {
     large_answer: Vec<u8>,
 }
 
-/// As many connections may come at once. With the usual 128 the kernel begins some of a crowd's with SYN cookies, in
-/// small segments, and after a loss BBR lets 2 KB a second of them pass: a proxy cannot take faster what does not come.
+/// The number of connections that may arrive at once. With the usual 128, the kernel accepts some of them with SYN
+/// cookies and small segments. After a loss, BBR then sends only 2 KB per second, and a proxy cannot read faster than
+/// its endpoint sends.
 const BACKLOG: libc::c_int = 4096;
 
 /// Serves until the process ends.
@@ -88,12 +90,12 @@ pub fn serve(listener: TcpListener) -> io::Result<()> {
         let (stream, _) = listener.accept()?;
         origin.connections.fetch_add(1, Ordering::Relaxed);
         let origin = origin.clone();
-        // A connection that breaks is the proxy's affair; what it was counted for has been given back.
+        // A broken connection is the proxy's responsibility; its counts were already corrected.
         thread::Builder::new().stack_size(STACK_BYTES).spawn(move || origin.converse(stream))?;
     }
 }
 
-/// A request is busy until this is dropped, however its connection ends.
+/// Counts a request as busy until this is dropped.
 struct Busy<'a>(&'a Origin);
 
 impl Drop for Busy<'_> {
@@ -102,7 +104,7 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// What was asked for.
+/// A parsed request.
 struct Request {
     path: String,
     body_bytes: usize,
@@ -160,7 +162,7 @@ fn short_answer(body: &str) -> Vec<u8> {
     format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
 }
 
-/// Reads until a header is complete. `None`: the connection ended before the next one.
+/// Reads a complete header. `None`: the connection ended before the next one.
 fn next_request(stream: &mut TcpStream, received: &mut Vec<u8>) -> io::Result<Option<Request>> {
     let mut buffer = [0; 4096];
     loop {
@@ -178,7 +180,7 @@ fn next_request(stream: &mut TcpStream, received: &mut Vec<u8>) -> io::Result<Op
     }
 }
 
-/// Bodies have a `Content-Length`: the clients here send one, and proxies keep it.
+/// Bodies have a `Content-Length`: the clients here send it, and proxies keep it.
 fn parsed(received: &[u8]) -> io::Result<Option<Request>> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut request = httparse::Request::new(&mut headers);
@@ -195,20 +197,20 @@ fn parsed(received: &[u8]) -> io::Result<Option<Request>> {
     Ok(Some(Request { path, body_bytes, header_bytes }))
 }
 
-/// Waits until all that was written has been acknowledged, or the other side sent something: it does so only after the
-/// whole answer, or with it lost.
+/// Waits until all written bytes are acknowledged, or the peer sends something: it does so only after the complete
+/// response, or after losing it.
 fn wait_until_sent(stream: &TcpStream) -> io::Result<()> {
     let mut events = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     loop {
         let mut unsent: libc::c_int = 0;
-        // SAFETY: the kernel writes one int to where the pointer leads, a variable of ours. TIOCOUTQ is SIOCOUTQ.
+        // SAFETY: the pointer is to one int, which the kernel fills. TIOCOUTQ is SIOCOUTQ.
         if unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &mut unsent) } != 0 {
             return Err(io::Error::last_os_error());
         }
         if unsent == 0 {
             return Ok(());
         }
-        // SAFETY: the kernel reads and writes one pollfd, a variable of ours.
+        // SAFETY: the pointer is to one pollfd, which the kernel reads and writes.
         if unsafe { libc::poll(&mut events, 1, LOOK_MILLISECONDS) } > 0 {
             return Ok(());
         }

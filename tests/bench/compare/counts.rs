@@ -1,15 +1,14 @@
-//! What a Forebay has counted of an attack: refusals by their reason, and handshakes. Pure: `attacks` asks for the
-//! text.
+//! Forebay's counts of an attack: refusals by reason, and handshakes. Pure; `attacks` requests the text.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Counts by what was counted.
+/// Counts by name.
 #[derive(Debug, Default, PartialEq)]
 pub struct Counts(BTreeMap<String, f64>);
 
 impl Counts {
-    /// Out of the text of `/metrics`.
+    /// Parses the text of `/metrics`.
     pub fn of(metrics: &str) -> Counts {
         let mut found = BTreeMap::new();
         for line in metrics.lines() {
@@ -27,7 +26,7 @@ impl Counts {
         Counts(found)
     }
 
-    /// What there is more of than there was before.
+    /// The increases since `before`.
     pub fn since(&self, before: &Counts) -> Counts {
         let grown = |(name, count): (&String, &f64)| {
             let more = count - before.0.get(name).copied().unwrap_or_default();
@@ -36,7 +35,7 @@ impl Counts {
         Counts(self.0.iter().filter_map(grown).collect())
     }
 
-    /// What was counted at all.
+    /// The names of all counts.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
     }

@@ -1,8 +1,8 @@
-//! One of three endpoints gets into trouble while a client asks: it is killed and started again, says nothing any more,
-//! becomes a hundred times slower, or answers 500 to a fifth of its requests.
+//! One of three endpoints fails while a client sends requests: it is killed and restarted, stops responding, becomes a
+//! hundred times slower, or responds with 500 to a fifth of its requests.
 //!
-//! The client sends by the clock, on so many connections that a request which waits holds up no other. `several` says
-//! how the proxies are set up, `moody` is the endpoint.
+//! The client sends at a fixed rate on so many connections that a waiting request delays no other. `several` has the
+//! configurations of the proxies, and `moody` is the endpoint.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -18,23 +18,23 @@ use crate::process::body_of;
 use crate::proxies::{Proxy, Running};
 use crate::secure::Manner;
 
-/// 2,000 requests a second, a second and more between two on the same connection. With the 5 ms that an answer takes
-/// there are ten under way, enough for policies that count them to have something to count.
+/// 2,000 requests per second, with more than a second between two on the same connection. A response takes 5 ms, so ten
+/// requests are active, enough for policies that count them.
 const PACE: Pace = Pace { interval: Duration::from_micros(500), connections: 2_048 };
 
-/// The first that does not count: each connection has its first request in it.
+/// The initial time that does not count: each connection sends its first request in it.
 const WARM: Duration = Duration::from_millis(1_200);
 
-/// How long all endpoints are well before one of them is not.
+/// How long all endpoints work before one of them fails.
 const WELL: Duration = Duration::from_secs(2);
 
-/// How long it is in trouble.
+/// Duration of the failure.
 const TROUBLE: Duration = Duration::from_secs(4);
 
-/// How long it is looked at after it was started again.
+/// How long the measurement continues after a restart.
 const BACK: Duration = Duration::from_secs(2);
 
-/// What is measured: failed are those that were not answered with 200, in the whole of a case.
+/// The figures. Failed are requests without a 200 response, over the whole case.
 pub const FAILOVER_COLUMNS: &[Column] = &[
     Column { key: "slow_p99_ms", heading: "slow: p99 ms", decimals: 1, compared: true },
     Column { key: "slow_well_p99_ms", heading: "before", decimals: 1, compared: false },
@@ -50,7 +50,7 @@ pub const FAILOVER_COLUMNS: &[Column] = &[
     Column { key: "requests", heading: "requests", decimals: 0, compared: false },
 ];
 
-/// What must be reached.
+/// The goals.
 pub const FAILOVER_GOALS: &[Goal] = &[
     goal("p99 with an endpoint 100 times slower, x before", "slow_p99_over_well", 2.0),
     goal("failed with an endpoint 100 times slower", "slow_failed", 0.0),
@@ -62,8 +62,8 @@ const fn goal(what: &'static str, column: &'static str, must: f64) -> Goal {
     Goal { what, column, over: None, must, aim: None }
 }
 
-/// All cases for one proxy, each with fresh processes: who was ejected in one would be missing in the next. One figure
-/// per column of `FAILOVER_COLUMNS`.
+/// Runs all cases for one proxy, each with fresh processes, since an endpoint ejected in one case would be missing in
+/// the next. Returns one figure per column of `FAILOVER_COLUMNS`.
 pub fn sample(machine: &Machine, proxy: &Proxy) -> Result<Vec<f64>> {
     let slow = Scene::set(machine, proxy)?.told(BE_SLOW)?;
     let killed = Scene::set(machine, proxy)?.killed_and_back()?;
@@ -87,7 +87,7 @@ pub fn sample(machine: &Machine, proxy: &Proxy) -> Result<Vec<f64>> {
     ])
 }
 
-/// A proxy in front of three endpoints that are well, and a client that has asked for a while.
+/// A proxy in front of three working endpoints, and a client that has sent requests for a while.
 struct Scene<'a> {
     machine: &'a Machine,
     fast: FastClient,
@@ -95,7 +95,7 @@ struct Scene<'a> {
     endpoints: [Option<Running>; 3],
 }
 
-/// What the client saw: when trouble came and when it went, and its log.
+/// The client's view: when the failure began and ended, and its log.
 struct Case {
     came: Duration,
     went: Duration,
@@ -113,21 +113,22 @@ impl<'a> Scene<'a> {
         Ok(Scene { machine, fast, _proxy: proxy, endpoints: endpoints.map(Some) })
     }
 
-    /// The first endpoint is told to become something.
+    /// Sends a command to the first endpoint.
     fn told(self, path: &str) -> Result<Case> {
         let came = self.fast.elapsed();
         body_of(self.first()?.server.address(), path)?;
         self.over(came)
     }
 
-    /// It takes no word and no connection any more, and those that it has stay open. The kernel takes what still fits.
+    /// The first endpoint stops responding and accepting; its open connections stay open. The kernel still buffers some
+    /// bytes.
     fn silent(self) -> Result<Case> {
         let came = self.fast.elapsed();
         self.first()?.server.freeze()?;
         self.over(came)
     }
 
-    /// Its connections are cut and new ones are refused, until it is there again.
+    /// The endpoint's connections are reset and new ones are refused until it is restarted.
     fn killed_and_back(mut self) -> Result<Case> {
         let address = self.first()?.server.address();
         let came = self.fast.elapsed();

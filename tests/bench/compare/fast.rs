@@ -1,7 +1,7 @@
-//! The fast client: small GETs on keep-alive connections at a fixed rate, by the clock and not by the answers.
+//! The fast client: small GETs on keep-alive connections at a fixed rate, independent of the responses.
 //!
-//! A thread of its own, on the CPU of the load. It polls its few sockets itself: the timers of an async runtime are too
-//! coarse for latencies of a third of a millisecond.
+//! It runs on its own thread, on the CPU of the load. It polls its few sockets itself, since the timers of an async
+//! runtime are too coarse for latencies of a third of a millisecond.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -19,12 +19,12 @@ use crate::machine::Place;
 use crate::process::answer_is_short;
 use crate::secure::{Link, Manner};
 
-/// How fast it sends.
+/// The rate.
 #[derive(Clone, Copy)]
 pub struct Pace {
     /// Time between two requests.
     pub interval: Duration,
-    /// Requests come on these in turn, each after the one before it on the same connection, as from so many users.
+    /// Number of connections. They are used in turn; on each, a request follows the response to the one before.
     pub connections: usize,
 }
 
@@ -33,52 +33,52 @@ impl Pace {
     pub const USUAL: Pace = Pace { interval: Duration::from_millis(1), connections: 64 };
 }
 
-/// What it asks for.
+/// The requests, and the expected response.
 #[derive(Clone, Copy)]
 pub struct Question {
-    /// The header of the request that is due then, for this address.
+    /// The header of the request that is due at this time, for this address.
     pub header: fn(SocketAddr, Duration) -> String,
-    /// How the answer must begin.
+    /// The expected beginning of the response.
     pub answer: &'static [u8],
 }
 
 impl Question {
-    /// A small GET, which is to be answered with 200.
+    /// A small GET with a 200 response.
     pub const SMALL: Question = Question {
         header: |address, _| format!("GET /small HTTP/1.1\r\nHost: {address}\r\n\r\n"),
         answer: b"HTTP/1.1 200",
     };
 }
 
-/// How long answers are still awaited after the last request was due.
+/// How long responses are awaited after the last request was due.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The longest that one client runs, so that what it remembers is bounded.
+/// Maximum duration of one client, which limits its log.
 const LONGEST: Duration = Duration::from_secs(300);
 
-/// A fast client at work.
+/// A running fast client.
 pub struct FastClient {
     start: Instant,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<Log>>,
 }
 
-/// What it saw.
+/// The results of a client.
 #[derive(Default)]
 pub struct Log {
-    /// Every request that was due.
+    /// All requests that were due.
     pub samples: Vec<Sample>,
-    /// Those that were answered with another status than the one that is expected, or not.
+    /// Number of requests without the expected response.
     pub failed: usize,
 }
 
 impl FastClient {
-    /// Opens its connections and begins with small GETs.
+    /// Opens the connections and sends small GETs.
     pub fn start(place: Place, address: SocketAddr, manner: &Manner, pace: Pace) -> Result<FastClient> {
         FastClient::asking(place, address, manner, pace, Question::SMALL)
     }
 
-    /// The same with other requests.
+    /// As [`FastClient::start`], with other requests.
     pub fn asking(
         place: Place,
         address: SocketAddr,
@@ -92,7 +92,7 @@ impl FastClient {
         let stopped = stop.clone();
         let thread = thread::Builder::new().name("fast client".to_owned()).spawn(move || {
             place.take()?;
-            // By default the kernel may wake this thread 50 µs late.
+            // By default, the kernel may wake this thread 50 µs late.
             // SAFETY: the call takes integers only and concerns this thread alone.
             unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
             run(lanes, pace.interval, start, &stopped)
@@ -100,24 +100,24 @@ impl FastClient {
         Ok(FastClient { start, stop, thread })
     }
 
-    /// Time since its start, by which its samples are dated.
+    /// Time since the start, which samples refer to.
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }
 
-    /// Waits until so long after its start.
+    /// Waits until this time after the start.
     pub fn wait_until(&self, elapsed: Duration) {
         thread::sleep(elapsed.saturating_sub(self.elapsed()));
     }
 
-    /// Ends it and waits for the answers that are still to come.
+    /// Stops sending, and waits for the outstanding responses.
     pub fn finish(self) -> Result<Log> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("the fast client panicked"))?
     }
 }
 
-/// A connection and the requests that are due on it. The first of them is under way.
+/// A connection and its due requests. The first of them is active.
 struct Lane {
     address: SocketAddr,
     manner: Manner,
@@ -163,7 +163,7 @@ fn run(mut lanes: Vec<Lane>, interval: Duration, start: Instant, stop: &AtomicBo
     Ok(log)
 }
 
-/// The lanes that wait for an answer and have something to read, within `wait`.
+/// The lanes that await a response and are readable, within `wait`.
 fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
     let asked: Vec<usize> = (0..lanes.len()).filter(|&index| !lanes[index].due.is_empty()).collect();
     let event = |&index: &usize| libc::pollfd {
@@ -173,7 +173,8 @@ fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
     };
     let mut events: Vec<libc::pollfd> = asked.iter().map(event).collect();
     let timeout = libc::timespec { tv_sec: wait.as_secs() as _, tv_nsec: wait.subsec_nanos().into() };
-    // SAFETY: the kernel reads the timespec and reads and writes as many pollfds as there are; all are ours.
+    // SAFETY: the kernel reads the timespec, and reads and writes as many pollfds as the length says; all outlive the
+    // call.
     let ready = unsafe { libc::ppoll(events.as_mut_ptr(), events.len() as _, &timeout, std::ptr::null()) };
     match ready {
         0.. => Ok(asked.iter().zip(&events).filter(|(_, event)| event.revents != 0).map(|(&index, _)| index).collect()),
@@ -191,7 +192,7 @@ impl Lane {
         Ok(Lane { address, manner: manner.clone(), question, stream, due: VecDeque::new(), answer: Vec::new() })
     }
 
-    /// Sends the request for the first that is due. A request this small always fits what the kernel takes.
+    /// Sends the first due request. A request this small always fits into the kernel's buffer.
     fn ask(&mut self, start: Instant, log: &mut Log) {
         while let Some(&due) = self.due.front() {
             let request = (self.question.header)(self.address, due);
@@ -229,18 +230,19 @@ impl Lane {
         }
     }
 
-    /// The request under way is lost, and a new connection is needed for the next. Where there is none to be had, what
-    /// was tried counts as failed too, one after the other.
+    /// The active request is lost, and the next one needs a new connection. If none can be opened, the requests that
+    /// tried it count as failed as well.
     fn fail(&mut self, start: Instant, log: &mut Log) {
         log.failed += usize::from(!self.due.is_empty());
         self.record(start, log);
         self.reopen();
     }
 
-    /// A connection that the proxy has closed since its last answer serves for no other request, as any client knows.
+    /// A connection that the proxy has closed since its last response cannot be used for another request.
     fn reopen_if_closed(&mut self) {
         let closed = match self.stream.socket().peek(&mut [0]) {
-            // TLS has something to say for itself, such as a ticket; in clear text it is an answer to no request.
+            // TLS may send records of its own, such as a ticket. In clear text, unexpected bytes are no response to a
+            // request.
             Ok(1..) => !self.manner.tls,
             Ok(_) => true,
             Err(error) => error.kind() != ErrorKind::WouldBlock,

@@ -1,72 +1,72 @@
-//! From samples to the table: medians over the rounds, and ratios to the proxy that all are compared to. Pure.
+//! Computes the table from samples: medians over the rounds, and ratios to the base proxy. Pure.
 
 use serde_json::{Value, json};
 
-/// One kind of work, done by several proxies in turn, in rounds.
+/// One kind of work, measured with several proxies in turn, in rounds.
 pub struct Comparison {
-    /// The name by which the cell is chosen on the command line.
+    /// The name of the cell on the command line.
     pub cell: String,
-    /// What was done, in words.
+    /// A description of the work.
     pub title: String,
-    /// What was measured each time.
+    /// The figures of each sample.
     pub columns: &'static [Column],
-    /// The row that the others are compared to.
+    /// The row that the others are compared with.
     pub base: usize,
     /// One row per proxy.
     pub rows: Vec<Row>,
-    /// What Forebay must reach.
+    /// Forebay's goals.
     pub goals: &'static [Goal],
 }
 
-/// One figure that is measured.
+/// A figure.
 pub struct Column {
     /// Its name in JSON, unit last.
     pub key: &'static str,
     /// Its name in the table.
     pub heading: &'static str,
-    /// Digits behind the point in the table.
+    /// Number of decimals in the table.
     pub decimals: usize,
-    /// Whether a ratio says something.
+    /// Whether a ratio is meaningful.
     pub compared: bool,
 }
 
-/// What one proxy did.
+/// The results of one proxy.
 pub struct Row {
     /// The proxy.
     pub name: String,
-    /// Per round, one figure per column.
+    /// The figures of each round, one per column.
     pub samples: Vec<Vec<f64>>,
-    /// Whether goals are set for it. Those of others are shown beside.
+    /// Whether its goals are checked. Those of other proxies are only shown.
     pub judged: bool,
 }
 
-/// The most that a figure may be.
+/// An upper bound for a figure.
 pub struct Goal {
-    /// What the figure says, in words.
+    /// A description of the figure.
     pub what: &'static str,
-    /// The column that it is taken from, by its key.
+    /// The key of the column.
     pub column: &'static str,
-    /// The row that it is divided by, by its name; the figure itself is the goal's without one.
+    /// The name of the row to divide by. `None`: the figure itself is bounded.
     pub over: Option<&'static str>,
-    /// What must be reached.
+    /// The required bound.
     pub must: f64,
-    /// What should be.
+    /// The desired bound.
     pub aim: Option<f64>,
 }
 
-/// How a figure stands to its goal.
+/// The result of comparing a figure with its goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// More than it may be.
+    /// Above the required bound.
     Missed,
-    /// As it must be.
+    /// Within the required bound.
     Met,
-    /// As it should be.
+    /// Within the desired bound.
     Aimed,
 }
 
 impl Goal {
-    /// Whether a figure of so much reaches it.
+    /// Compares a figure with the bounds.
     pub fn verdict(&self, figure: f64) -> Verdict {
         match figure {
             aimed if self.aim.is_some_and(|aim| aimed <= aim) => Verdict::Aimed,
@@ -77,7 +77,7 @@ impl Goal {
 }
 
 impl Verdict {
-    /// As in the table and in JSON.
+    /// The name in the table and in JSON.
     pub fn name(self) -> &'static str {
         match self {
             Verdict::Missed => "MISSED",
@@ -87,14 +87,14 @@ impl Verdict {
     }
 }
 
-/// A ratio to the base: the median of the ratios of the rounds, and how far they spread.
+/// A ratio to the base: the median of the rounds' ratios, and their range.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ratio {
-    /// The one in the middle.
+    /// The median.
     pub median: f64,
-    /// The lowest of a round.
+    /// The minimum over the rounds.
     pub lowest: f64,
-    /// The highest of a round.
+    /// The maximum over the rounds.
     pub highest: f64,
 }
 
@@ -104,8 +104,8 @@ impl Comparison {
         median(self.rows[row].samples.iter().map(|round| round[column]).collect())
     }
 
-    /// How a row stands to the base in a column. Rounds are compared one by one, so that noise that lasts longer than a
-    /// round touches both sides. `None` without rounds, or where the base is nothing.
+    /// The ratio of a row to the base in a column. Rounds are compared one by one, so that noise longer than a round
+    /// affects both sides. `None` without rounds, or if the base is 0.
     pub fn ratio(&self, row: usize, column: usize) -> Option<Ratio> {
         self.ratio_to(self.base, row, column)
     }
@@ -119,7 +119,7 @@ impl Comparison {
         (ratio.lowest.is_finite() && ratio.highest.is_finite()).then_some(ratio)
     }
 
-    /// The figure that a goal is about. `None` without rounds, or where the row to divide by is not in the run.
+    /// The figure of a goal. `None` without rounds, or if the row to divide by is missing.
     pub fn figure(&self, goal: &Goal, row: usize) -> Option<f64> {
         let column = self.columns.iter().position(|column| column.key == goal.column)?;
         let Some(over) = goal.over else { return self.median(row, column).filter(|it| it.is_finite()) };
@@ -127,7 +127,7 @@ impl Comparison {
         self.ratio_to(base, row, column).map(|ratio| ratio.median)
     }
 
-    /// The table: each figure with its ratio to the base behind it, the first ratio with its spread.
+    /// The table: each figure followed by its ratio to the base; the first ratio has its range.
     pub fn table(&self) -> String {
         let mut heading = vec![String::new()];
         for column in self.columns {
@@ -144,7 +144,7 @@ impl Comparison {
     fn line(&self, row: usize) -> Vec<String> {
         let mut words = vec![self.rows[row].name.clone()];
         for (index, column) in self.columns.iter().enumerate() {
-            // What does not apply to a row is not a number.
+            // A figure that does not apply to a row is NaN.
             let value = self.median(row, index).filter(|value| value.is_finite());
             words.push(value.map_or("-".to_owned(), |value| format!("{value:.*}", column.decimals)));
             if !column.compared {
@@ -159,7 +159,7 @@ impl Comparison {
         words
     }
 
-    /// Everything: medians, ratios, and each sample they come from.
+    /// The medians, the ratios and all samples.
     pub fn json(&self) -> Value {
         let named = |figure: &dyn Fn(usize) -> Value| -> Value {
             self.columns.iter().enumerate().map(|(i, column)| (column.key.to_owned(), figure(i))).collect()
@@ -195,7 +195,7 @@ impl Comparison {
     }
 }
 
-/// The first column's ratio of every comparison, one line each: the whole run at a glance.
+/// The first column's ratios of all comparisons, one line each, as a summary of the run.
 pub fn summary(comparisons: &[Comparison]) -> String {
     let lines = comparisons.iter().flat_map(|comparison| {
         let others = (0..comparison.rows.len()).filter(|&row| row != comparison.base);
@@ -209,7 +209,7 @@ pub fn summary(comparisons: &[Comparison]) -> String {
     aligned(&lines.collect::<Vec<_>>())
 }
 
-/// A line for each goal: what must be reached, what Forebay reached and whether it is enough, and what others reach.
+/// One line per goal: the bound, Forebay's figure and verdict, and the figures of the others.
 pub fn verdicts(comparisons: &[Comparison]) -> String {
     let lines = comparisons.iter().flat_map(|comparison| {
         comparison.goals.iter().map(|goal| {
@@ -229,7 +229,7 @@ pub fn verdicts(comparisons: &[Comparison]) -> String {
     aligned(&lines.collect::<Vec<_>>())
 }
 
-/// Columns as wide as their widest word, the first set left and the others right.
+/// Aligns columns to their longest word: the first to the left, the others to the right.
 fn aligned(lines: &[Vec<String>]) -> String {
     let width = |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|word| word.len()).max();
     let mut text = String::new();
@@ -243,7 +243,7 @@ fn aligned(lines: &[Vec<String>]) -> String {
     text
 }
 
-/// The middle value, or the mean of the two in the middle.
+/// The middle value, or the mean of the two middle ones.
 pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;

@@ -1,9 +1,9 @@
-//! What h2load prints after a run, and what it notes of each request, as figures. Pure: `measure` runs h2load.
+//! Parses the output of h2load and its log of requests. Pure; `measure` runs h2load.
 
 use super::wrk::Summary;
 
 impl Summary {
-    /// Reads the whole output of a run by the clock, and its log; the error names what is missing.
+    /// Parses the complete output of a run with a fixed duration, and its log. The error names the missing part.
     pub fn of_h2load(output: &str, log: &str) -> Result<Summary, String> {
         let missing = |what: &str| format!("h2load printed no {what}:\n{output}");
         let line = |start: &str| output.lines().find_map(|line| line.trim().strip_prefix(start));
@@ -13,7 +13,7 @@ impl Summary {
             let found = counts.split(',').find_map(|part| part.trim().strip_suffix(word)?.trim().parse::<u64>().ok());
             found.ok_or_else(|| missing(word))
         };
-        // Microseconds of each request that was answered, in the third column.
+        // The third column of the log has the microseconds of each request with a response.
         let mut micros: Vec<u64> =
             log.lines().filter_map(|line| line.split('\t').nth(2)?.trim().parse().ok()).collect();
         micros.sort_unstable();
@@ -29,13 +29,13 @@ impl Summary {
             seconds: seconds.ok_or_else(|| missing("duration"))?,
             p50_ms: percentile(50).ok_or("h2load noted no requests")?,
             p99_ms: percentile(99).ok_or("h2load noted no requests")?,
-            // Those that were under way at the end are not waited for, and count as none.
+            // Requests that are active at the end are not awaited, and do not count.
             failed: refused + count("errored")?,
         })
     }
 }
 
-/// `3.00s`, `812.00ms` or `1.02m` in seconds.
+/// Parses `3.00s`, `812.00ms` or `1.02m` into seconds.
 fn duration(text: &str) -> Option<f64> {
     let unit = text.find(|c: char| c.is_ascii_alphabetic())?;
     let (number, unit) = text.split_at(unit);

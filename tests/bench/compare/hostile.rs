@@ -1,7 +1,7 @@
-//! Who attacks: a few clients at a bounded load, from addresses of their own, who begin again when they are cut off.
+//! The attackers: a few clients with a bounded load and their own addresses, which reconnect when they are cut off.
 //!
-//! All of 127.0.0.0/8 is this machine. The four slow ways are slowhttptest's, renegotiation is asked for by OpenSSL's
-//! `s_client`; the rest are bytes that are written here.
+//! All of 127.0.0.0/8 is local. The four slow attacks use slowhttptest, and renegotiation uses OpenSSL's `s_client`;
+//! the other attacks write their bytes here.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -18,30 +18,30 @@ use crate::attacks::{Attack, LENGTH};
 use crate::machine::{Machine, Place};
 use crate::secure::{Link, Manner, NAME};
 
-/// Attackers at work at the same time.
+/// Number of simultaneous attackers.
 const ATTACKERS: u8 = 4;
-/// Between two batches of frames on a connection.
+/// Interval between two batches of frames on a connection.
 const BEAT: Duration = Duration::from_millis(10);
-/// Between two connections of an attacker.
+/// Interval between two connections of an attacker.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Frames, or requests, in a batch: of each attacker a hundred times as many in a second.
+/// Number of frames or requests per batch; each attacker sends a hundred batches per second.
 const BATCH: usize = 50;
-/// Requests that are given up in a batch.
+/// Number of cancelled requests per batch.
 const RESETS: usize = 20;
-/// Connections on which an attacker gives requests up slowly, and the time between two on each: as fast as the rate of
-/// Forebay allows.
+/// Number of connections on which an attacker cancels requests slowly, and the interval between two cancellations on
+/// each: the fastest rate that Forebay allows.
 const PACED: usize = 32;
 const PACE: Duration = Duration::from_millis(50);
-/// ClientHellos that an attacker sends byte by byte, and the time between two bytes of each.
+/// Number of ClientHellos that an attacker sends byte by byte, and the interval between two bytes of each.
 const HELLOS: usize = 250;
 const DRIP: Duration = Duration::from_millis(100);
-/// How long a write may wait for a proxy that takes nothing.
+/// Maximum time of a write to a proxy that does not read.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Connections of slowhttptest, and how many of them come in a second.
+/// Number of connections of slowhttptest, and their rate per second.
 const SLOW: &str = "1000";
 const SLOW_RATE: &str = "250";
 
-/// An attack under way.
+/// A running attack.
 pub struct Attackers {
     over: Arc<AtomicBool>,
     tally: Arc<Tally>,
@@ -49,7 +49,7 @@ pub struct Attackers {
     tool: Option<Child>,
 }
 
-/// What attackers did.
+/// The counts of the attackers.
 #[derive(Default)]
 struct Tally {
     connections: AtomicU64,
@@ -57,7 +57,7 @@ struct Tally {
 }
 
 impl Attackers {
-    /// Begins.
+    /// Starts an attack.
     pub fn begin(attack: Attack, machine: &Machine, address: SocketAddr) -> Result<Attackers> {
         let (over, tally) = (Arc::<AtomicBool>::default(), Arc::<Tally>::default());
         let mut attackers = Attackers { over, tally, threads: Vec::new(), tool: None };
@@ -85,7 +85,7 @@ impl Attackers {
         Ok(attackers)
     }
 
-    /// Ends it; how many connections there were, and how many of them the proxy cut off.
+    /// Ends the attack. Returns the number of connections, and how many of them the proxy cut off.
     pub fn finish(mut self) -> Result<(u64, u64)> {
         self.over.store(true, Ordering::Relaxed);
         for thread in std::mem::take(&mut self.threads) {
@@ -100,7 +100,7 @@ impl Drop for Attackers {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         if let Some(tool) = &mut self.tool {
-            // Neither fails for a child that was not waited for, or else there is nothing left to end.
+            // Neither fails for a child that was not waited for; otherwise there is nothing to kill.
             let _ = tool.kill();
             let _ = tool.wait();
         }
@@ -117,7 +117,7 @@ fn slowhttptest(attack: Attack) -> Option<&'static [&'static str]> {
     })
 }
 
-/// One of those who attack.
+/// One attacker.
 struct Attacker {
     attack: Attack,
     address: SocketAddr,
@@ -151,7 +151,7 @@ impl Attacker {
         Ok(socket.into())
     }
 
-    /// A connection of HTTP/2 over TLS. `None`: the proxy does not want one now.
+    /// An HTTP/2 connection over TLS. `None`: the proxy does not accept one now.
     fn speaking(&self) -> Option<Speaking> {
         let link = self.socket().and_then(|socket| Manner::h2().secure(socket)).ok()?;
         link.socket().set_nonblocking(true).ok()?;
@@ -166,7 +166,7 @@ impl Attacker {
         sleep(PAUSE);
     }
 
-    /// One connection after the other, and on each frames for as long as it lasts.
+    /// Opens one connection after the other, and sends frames on each until it ends.
     fn flood(&self) -> Result<()> {
         while !self.is_over() {
             let Some(mut speaking) = self.speaking() else {
@@ -186,7 +186,7 @@ impl Attacker {
         Ok(())
     }
 
-    /// Many connections, and on each a request that is given up, again and again, below the rate.
+    /// Opens many connections, and repeatedly cancels a request on each, below the rate limit.
     fn reset_slowly(&self) -> Result<()> {
         let mut crowd: Vec<Option<Speaking>> = (0..PACED).map(|_| None).collect();
         while !self.is_over() {
@@ -212,7 +212,7 @@ impl Attacker {
         Ok(())
     }
 
-    /// Whole handshakes, one after the other, after which the connection ends.
+    /// Performs complete handshakes one after the other, and closes each connection after it.
     fn shake(&self) -> Result<()> {
         while !self.is_over() {
             if self.socket().and_then(|socket| Manner::of(true).secure(socket)).is_err() {
@@ -223,7 +223,7 @@ impl Attacker {
         Ok(())
     }
 
-    /// The beginning of a ClientHello of 512 bytes on many connections, whose rest comes byte by byte.
+    /// Sends the beginning of a ClientHello of 512 bytes on many connections, and the rest byte by byte.
     fn drip(&self) -> Result<()> {
         const BEGUN: [u8; 11] = [0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
         let mut crowd: Vec<Option<TcpStream>> = (0..HELLOS).map(|_| None).collect();
@@ -253,7 +253,7 @@ impl Attacker {
         Ok(())
     }
 
-    /// OpenSSL's client of TLS 1.2, which is told to shake hands again five times on each connection.
+    /// Runs OpenSSL's client with TLS 1.2, which renegotiates five times on each connection.
     fn renegotiate(&self) -> Result<()> {
         while !self.is_over() {
             self.tally.connections.fetch_add(1, Ordering::Relaxed);
@@ -266,10 +266,10 @@ impl Attacker {
                 .context("openssl, which `make bench` installs")?;
             let mut input = client.stdin.take().context("its standard input")?;
             let output = BufReader::new(client.stdout.take().context("its standard output")?);
-            // It tells of the session once the first handshake is done.
+            // `s_client` prints the session once the first handshake is complete.
             let _ = output.lines().map_while(io::Result::ok).find(|line| line.contains("Verify return code"));
             for _ in 0..5 {
-                // It may have been cut off.
+                // The connection may have been cut off.
                 let _ = input.write_all(b"R\n");
                 sleep(PACE);
             }
@@ -284,15 +284,15 @@ impl Attacker {
     }
 }
 
-/// A connection of HTTP/2 whose frames are written here.
+/// An HTTP/2 connection with raw frames.
 struct Speaking {
     link: Link,
-    /// The next stream.
+    /// The id of the next stream.
     stream: u32,
 }
 
 impl Speaking {
-    /// Whether the proxy takes it.
+    /// Sends bytes; returns whether the proxy accepts them.
     fn send(&mut self, mut bytes: &[u8]) -> bool {
         let begun = Instant::now();
         while !bytes.is_empty() {
@@ -311,7 +311,7 @@ impl Speaking {
         true
     }
 
-    /// Reads what has come. Whether the connection is still open.
+    /// Reads the available bytes; returns whether the connection is still open.
     fn hear(&mut self) -> bool {
         let mut space = [0; 16384];
         loop {
@@ -340,7 +340,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// The fields of a request, by HPACK's static table: GET, or POST, of `/` or of `path`.
+/// The fields of a request in HPACK's static table: GET, or POST, of `/` or of `path`.
 fn fields(method: u8, path: &str) -> Vec<u8> {
     let text = |text: &str| [&[text.len() as u8], text.as_bytes()].concat();
     [&[method, 0x87, 0x04][..], &text(path), &[0x01], &text(NAME)].concat()
@@ -355,7 +355,7 @@ fn reset(stream: u32) -> Vec<u8> {
     frame(RST_STREAM, 0, stream, &CANCEL.to_be_bytes())
 }
 
-/// What comes first on a connection, behind the preface.
+/// The first frames on a connection, after the preface.
 fn opening(attack: Attack, stream: &mut u32) -> Vec<u8> {
     let settings = |settings: &[u8]| frame(SETTINGS, 0, 0, settings);
     let post = || frame(HEADERS, END_HEADERS, 1, &fields(0x83, "/small"));
@@ -368,7 +368,7 @@ fn opening(attack: Attack, stream: &mut u32) -> Vec<u8> {
         Attack::Continuation => [settings(&[]), frame(HEADERS, END_STREAM, 1, &[0x82])].concat(),
         Attack::HpackBomb => {
             *stream = 3;
-            // A field of 4,000 bytes for the table of HPACK.
+            // A field of 4,000 bytes for HPACK's dynamic table.
             let field = [&fields(0x82, "/small")[..], &[0x40, 1, b'a', 0x7f, 0xa1, 0x1e], &[b'b'; 4_000]].concat();
             [settings(&[]), frame(HEADERS, END_STREAM | END_HEADERS, 1, &field)].concat()
         }
@@ -376,7 +376,7 @@ fn opening(attack: Attack, stream: &mut u32) -> Vec<u8> {
     }
 }
 
-/// What is sent again and again.
+/// The frames that are sent repeatedly.
 fn batch(attack: Attack, stream: &mut u32) -> Vec<u8> {
     let many = |frame: Vec<u8>| frame.repeat(BATCH);
     match attack {
@@ -392,7 +392,7 @@ fn batch(attack: Attack, stream: &mut u32) -> Vec<u8> {
         Attack::EmptyData => many(frame(DATA, 0, 1, &[])),
         Attack::TinyWindow => many(frame(WINDOW_UPDATE, 0, 1, &1_u32.to_be_bytes())),
         Attack::HpackBomb => {
-            // 10,000 times a byte that stands for the field in the table.
+            // 10,000 references to the field in the table, one byte each.
             let bomb = [&fields(0x82, "/small")[..], &[0xbe; 10_000]].concat();
             *stream += 2;
             frame(HEADERS, END_STREAM | END_HEADERS, *stream - 2, &bomb)

@@ -1,5 +1,4 @@
-//! Latencies of a load that is sent by the clock, whatever becomes of it, and percentiles of a part of it. Pure: `fast`
-//! collects them.
+//! Latencies of a load with a fixed rate, and percentiles of a part of it. Pure; `fast` collects the samples.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -7,19 +6,19 @@ use std::time::Duration;
 /// One request.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// When it should have been sent, counted from the start. Latency is counted from there as well, so that a stall
-    /// is felt by every request that was due in it, and not only by those that were under way.
+    /// When the request was due, relative to the start. Latency is measured from this time, so that a stall affects
+    /// every request that was due in it, and not only the active ones.
     pub due: Duration,
-    /// Until its answer was complete, or could no longer come.
+    /// The time until the response was complete, or failed.
     pub latency: Duration,
 }
 
-/// Latency, in milliseconds, that 99 % of the requests due within `window` stayed below. `None` if none was due.
+/// The 99th percentile in milliseconds of the requests that were due within `window`. `None` if none was due.
 pub fn p99_ms(samples: &[Sample], window: Range<Duration>) -> Option<f64> {
     percentile_ms(samples, window, 99)
 }
 
-/// The same for another share of the requests, in percent.
+/// The percentile `share` of the requests that were due within `window`.
 pub fn percentile_ms(samples: &[Sample], window: Range<Duration>, share: usize) -> Option<f64> {
     let within = samples.iter().filter(|sample| window.contains(&sample.due));
     let mut latencies: Vec<Duration> = within.map(|sample| sample.latency).collect();
