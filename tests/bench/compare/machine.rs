@@ -1,4 +1,4 @@
-//! The machine under the measurement: what it is, how busy others keep it, and which CPU is whose.
+//! The machine of a run: its properties, the load of other programs, and the assignment of CPUs.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use crate::procfs;
 use crate::proxies::Proxy;
 
-/// Who runs where: proxies, load and origin on a CPU each, as far as there are so many; else load and origin share one,
-/// and on a machine with a single CPU all do.
+/// The CPUs of a run: proxies, load and origin have one each if there are enough CPUs. Otherwise load and origin share
+/// one, and on a machine with a single CPU all share it.
 pub struct Machine {
     proxy_cpu: usize,
     load_cpu: usize,
@@ -22,7 +22,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Chooses the first CPUs that this process may use, and lifts the limit on open files as far as allowed.
+    /// Selects the first CPUs that this process may use, and raises the limit on open files as far as allowed.
     pub fn survey() -> Result<Machine> {
         allow_open_files().context("cannot raise the limit on open files")?;
         let status = fs::read_to_string("/proc/self/status")?;
@@ -32,32 +32,32 @@ impl Machine {
         Ok(Machine { proxy_cpu, load_cpu, origin_cpu: *cpus.get(2).unwrap_or(&load_cpu), cores: cpus.len() })
     }
 
-    /// A command that will run on the CPU of the proxies.
+    /// A command on the CPU of the proxies.
     pub fn proxy(&self, program: impl AsRef<OsStr>) -> Command {
         pinned(self.proxy_cpu, program)
     }
 
-    /// A command that will run on the CPU of the load.
+    /// A command on the CPU of the load.
     pub fn load(&self, program: impl AsRef<OsStr>) -> Command {
         pinned(self.load_cpu, program)
     }
 
-    /// A command that will run on the CPU of the origin.
+    /// A command on the CPU of the origin.
     pub fn origin(&self, program: impl AsRef<OsStr>) -> Command {
         pinned(self.origin_cpu, program)
     }
 
-    /// Where the fast client works.
+    /// The place of the fast client.
     pub fn fast_client(&self) -> Place {
         Place { cpu: self.load_cpu, gives_way: false }
     }
 
-    /// Where slow clients work.
+    /// The place of the slow clients.
     pub fn slow_clients(&self) -> Place {
         Place { cpu: self.load_cpu, gives_way: true }
     }
 
-    /// What stands above the figures, and in the JSON.
+    /// The properties that are shown above the figures and in the JSON.
     pub fn facts(&self, proxies: &[Proxy]) -> Result<Value> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -78,7 +78,7 @@ impl Machine {
     }
 }
 
-/// `taskset` makes itself the program, so that the pid stays the same. Debian keeps nginx and haproxy in /usr/sbin,
+/// `taskset` replaces itself by the program, so that the pid stays the same. Debian has nginx and haproxy in /usr/sbin,
 /// which only root has in its path.
 fn pinned(cpu: usize, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("taskset");
@@ -90,7 +90,7 @@ fn path_with_sbin() -> String {
     format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default())
 }
 
-/// Where a thread of this process works: on the CPU of the load, and how willingly it gives way there.
+/// The CPU of a thread of this process, and whether the thread has a lower priority there.
 #[derive(Clone, Copy)]
 pub struct Place {
     cpu: usize,
@@ -98,13 +98,13 @@ pub struct Place {
 }
 
 impl Place {
-    /// Moves the calling thread there.
+    /// Moves the calling thread to this place.
     pub fn take(self) -> io::Result<()> {
-        // SAFETY: all zeroes is the empty set, a plain array of bits.
+        // SAFETY: all zeros are a valid value: the empty set of bits.
         let mut cpus: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-        // SAFETY: sets a bit of our variable; a CPU beyond its end is a panic and no write.
+        // SAFETY: sets a bit of a local variable; a CPU number beyond its end is a panic and no write.
         unsafe { libc::CPU_SET(self.cpu, &mut cpus) };
-        // SAFETY: the kernel reads as many bytes as the set has from where the pointer leads, our variable.
+        // SAFETY: the pointer is to a local variable of the given size.
         if unsafe { libc::sched_setaffinity(0, size_of_val(&cpus), &cpus) } != 0 {
             return Err(io::Error::last_os_error());
         }
@@ -112,8 +112,8 @@ impl Place {
     }
 }
 
-/// The crowd of slow clients shares a CPU with the fast client, and it is the proxy whose manners are measured, not
-/// theirs. This concerns the calling thread and those that it will start.
+/// Lowers the priority of the calling thread and of threads that it starts. The slow clients share a CPU with the fast
+/// client, which must not wait for them, since the proxy is measured and not the clients.
 fn lower_priority() -> io::Result<()> {
     // SAFETY: the call takes integers only.
     match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) } {
@@ -122,22 +122,22 @@ fn lower_priority() -> io::Result<()> {
     }
 }
 
-/// Lets everything else on its CPU go first, at once: for the origin of a crowd, whose threads would make a fast client
-/// wait for milliseconds in which no proxy had a part. Takes what they leave, which on an otherwise quiet machine is
-/// nearly all of the CPU.
+/// Gives this process the idle scheduling class, so that everything else on its CPU runs first. The origin of slow
+/// clients uses it, since its threads would otherwise delay a fast client by milliseconds, independently of the proxy.
+/// On an otherwise quiet machine, almost all of the CPU is still available.
 pub fn give_way() -> io::Result<()> {
     let no_priority = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the kernel reads one sched_param, a variable of ours.
+    // SAFETY: the pointer is to a local variable, which the kernel reads.
     match unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &no_priority) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// The first line that a program prints when asked for its version, wherever it prints it.
+/// The first line that a program prints for its version, on stdout or stderr.
 fn said(program: &OsStr, question: &str) -> Result<String> {
     let output = Command::new("env").arg(program).arg(question).env("PATH", path_with_sbin()).output()?;
-    // 126 and 127 are env's own: what was asked for cannot be run, or is not there.
+    // 126 and 127 are from env: the program cannot be run, or does not exist.
     ensure!(
         !matches!(output.status.code(), Some(126 | 127)),
         "{} is not there or cannot be run. `make bench` installs nginx, haproxy and wrk and runs \
@@ -148,15 +148,15 @@ fn said(program: &OsStr, question: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or("says nothing").to_owned())
 }
 
-/// Held connections are open files, here and in the proxies, which inherit the limit.
+/// Raises the limit on open files. Open connections are files, here and in the proxies, which inherit the limit.
 fn allow_open_files() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the kernel writes one rlimit to where the pointer leads, a variable of ours.
+    // SAFETY: the pointer is to a local variable, which the kernel fills.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
         return Err(io::Error::last_os_error());
     }
     limit.rlim_cur = limit.rlim_max;
-    // SAFETY: the kernel reads one rlimit from where the pointer leads, a variable of ours.
+    // SAFETY: the pointer is to a local variable, which the kernel reads.
     if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -169,8 +169,8 @@ pub fn load_averages() -> Result<String> {
     Ok(text.split_whitespace().take(3).collect::<Vec<_>>().join(" "))
 }
 
-/// How much CPU time passed on things that are not of this run: what makes figures noisy. The load average cannot tell,
-/// for most of it is ours.
+/// The CPU time of programs outside of this run, which makes the figures noisy. The load average is unsuitable, since
+/// it includes the run itself.
 pub struct Noise {
     since: Instant,
     busy_seconds: f64,
@@ -178,13 +178,13 @@ pub struct Noise {
 }
 
 impl Noise {
-    /// Starts to listen. `servers_seconds`: CPU seconds that the servers of this run have used so far.
+    /// Starts the measurement. `servers_seconds`: CPU seconds that the servers of this run have used so far.
     pub fn listen(servers_seconds: f64) -> Result<Noise> {
         let (busy_seconds, own_seconds) = (busy_seconds()?, own_seconds()? + servers_seconds);
         Ok(Noise { since: Instant::now(), busy_seconds, own_seconds })
     }
 
-    /// Cores that others kept busy since then, on average. `servers_seconds` as before.
+    /// The average number of cores that other programs have used since then. `servers_seconds` as before.
     pub fn cores(&self, servers_seconds: f64) -> Result<f64> {
         let own = own_seconds()? + servers_seconds - self.own_seconds;
         let others = busy_seconds()? - self.busy_seconds - own;
@@ -196,7 +196,7 @@ fn busy_seconds() -> Result<f64> {
     procfs::busy_seconds(&fs::read_to_string("/proc/stat")?).context("/proc/stat is not as proc(5) says")
 }
 
-/// This process and every wrk that it ran.
+/// CPU seconds of this process and of each wrk that it ran.
 fn own_seconds() -> Result<f64> {
     let stat = fs::read_to_string("/proc/self/stat")?;
     procfs::cpu_seconds_with_children(&stat).context("/proc/self/stat is not as proc(5) says")

@@ -1,15 +1,16 @@
-//! `make bench`: Forebay, nginx and HAProxy, one worker each, side by side in one run.
+//! `make bench`: compares Forebay, nginx and HAProxy, with one worker each, in one run.
 //!
-//! Figures of another day or another machine compare to nothing: a ratio to nginx can differ by a third between a
-//! quiet machine and a busy one. So all proxies run at once and are measured in turn, in rounds, and ratios are taken
-//! within a round. `../README.md` says how each is set up and how to read the table.
+//! Figures of another day or another machine are not comparable: a ratio to nginx can differ by a third between a quiet
+//! machine and a busy one. Therefore all proxies run at the same time and are measured in turn, in rounds, and ratios
+//! are computed within a round. `../README.md` describes the setup of each proxy and the table.
 //!
-//! From the top: `measure` does the work of one cell, `proxies` knows how each proxy is configured, `process` runs one
-//! and reads its figures, `machine` knows the CPUs and the noise. Where clients are slow, `beside` tells the story,
-//! `slow` and `fast` are its clients and `bulk` its origin. Where an endpoint gets into trouble, `failover` tells the
-//! story, `several` holds the configurations and `moody` is the endpoint. Over TLS, `secure` connects and `shaking`
-//! asks for handshakes. `reload` has them load their configurations anew. `passwords` shows a Forebay wrong passwords. Where a proxy is attacked, `attacks` tells the story and `hostile` is who attacks. `wrk`,
-//! `h2load`, `counts`, `procfs`, `latency` and `figures` are pure; they, `bulk` and `moody` are tested.
+//! From the top: `measure` does the work of one cell, `proxies` configures each proxy, `process` runs one and reads its
+//! figures, `machine` has the CPUs and the noise. For cells with slow clients, `beside` runs the sample, `slow` and
+//! `fast` are its clients and `bulk` is its origin. For failing endpoints, `failover` runs the cases, `several` has the
+//! configurations and `moody` is the endpoint. For TLS, `secure` connects and `shaking` repeats handshakes. `reload`
+//! reloads the configurations, and `passwords` sends wrong passwords to Forebay. For attacks, `attacks` runs the sample
+//! and `hostile` is the attackers. `wrk`, `h2load`, `counts`, `procfs`, `latency` and `figures` are pure. These, `bulk`
+//! and `moody` have tests.
 
 mod attacks;
 mod beside;
@@ -133,7 +134,7 @@ impl Options {
         Cell::value_variants().iter().copied().filter(wanted).collect()
     }
 
-    /// What is compared in a cell.
+    /// The proxies of a cell.
     fn proxies_of(&self, cell: Cell) -> Result<Vec<Proxy>> {
         let Some(kind) = cell.tls() else { return Ok(self.in_clear_text(cell)) };
         let identity = Arc::new(Identity::make(kind)?);
@@ -145,7 +146,7 @@ impl Options {
             let proxy = if cell == Cell::Attacks { proxy.with_long_idle() } else { proxy };
             proxy.with_keys(keys).with_tls(&identity)
         });
-        // HAProxy would need more open files for the crowd than a usual limit allows.
+        // With this number of connections, HAProxy would need more open files than a usual limit allows.
         Ok(proxies.filter(|proxy| cell != Cell::Attacks || proxy.name != "haproxy").collect())
     }
 
@@ -190,7 +191,7 @@ impl Options {
         }
     }
 
-    /// Which of them the others are compared to.
+    /// The index of the proxy that the others are compared with.
     fn base_of(&self, proxies: &[Proxy]) -> usize {
         proxies.iter().position(|proxy| proxy.name == "nginx").unwrap_or(0)
     }
@@ -213,19 +214,19 @@ impl Options {
     }
 }
 
-/// Where Forebay spools: beside nginx's temporary files.
+/// The directory in which Forebay spools, next to nginx's temporary files.
 const SPOOL_DIR: &str = "spool_dir: \"{dir}\"";
 const IN_MEMORY: &str = "buffering: { request: { mode: full, memory: 2MiB } }";
 const ON_DISK: &str = "buffering: { request: { mode: full, memory: 64KiB } }";
-/// As nginx has `keepalive_requests` lifted; a client of HTTP/2 is not to connect anew while it is measured.
+/// As `keepalive_requests` of nginx: an HTTP/2 client must not reconnect during a measurement.
 const MANY_REQUESTS: &str = "limits: { requests_per_connection: unlimited }";
-/// A crowd of silent clients may take minutes to arrive on a machine with other work. nginx: `keepalive_timeout`.
+/// Silent clients may take minutes to connect on a machine with other work. nginx: `keepalive_timeout`.
 const LONG_IDLE: &str = "timeouts: { idle: 10m }";
-/// Of 20,000 open files, more than 10,000 are then connections of clients.
+/// With 20,000 open files, this allows more than 10,000 client connections.
 const MANY_CLIENTS: &str = "open_files: { clients: 80%, spools: 5% }";
 const BUFFERING_OFF: &str = "buffering: { request: { mode: stream }, response: { mode: stream } }";
 
-/// A Forebay by each policy that looks at how its endpoints do; another proxy as it is.
+/// A Forebay for each policy that considers its endpoints' state; any other proxy unchanged.
 fn by_policy(proxy: Proxy) -> Vec<Proxy> {
     if !proxy.is_forebay() {
         return vec![proxy];
@@ -257,7 +258,7 @@ fn main() -> Result<()> {
         process::die_with_parent()?;
         return Ok(moody::serve(TcpListener::bind(address.as_str())?)?);
     }
-    // `cargo test --benches` runs this file too, and wants no benchmark.
+    // `cargo test --benches` runs this file, too, but must not run a benchmark.
     if !arguments.iter().any(|argument| argument == "--bench") {
         return Ok(());
     }
@@ -299,9 +300,9 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// `release/forebay` in the target directory. The benchmark itself may be of another profile, and had better be: cargo
-/// builds a Forebay along with it, with the features that tests switch on in shared dependencies, and in the release
-/// profile that one would take the place of the one that users get.
+/// `release/forebay` in the target directory. The benchmark itself should be built with another profile: cargo builds a
+/// Forebay along with it, with the features that tests enable in shared dependencies. With the release profile, that
+/// build would replace the one for users.
 fn release_build() -> PathBuf {
     let built_along = Path::new(env!("CARGO_BIN_EXE_forebay"));
     let target = built_along.ancestors().nth(2).unwrap_or(built_along);

@@ -1,4 +1,4 @@
-//! The cells of the comparison: which work is done, and what is measured while it is.
+//! The cells of the comparison: the work of each, and the figures measured during it.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -80,11 +80,11 @@ pub enum Cell {
     Attacks,
 }
 
-/// Cells that have a name together.
+/// The cells with the common name `tls`.
 const TLS_CELLS: [Cell; 7] =
     [Cell::TlsEcdsa, Cell::TlsRsa, Cell::TlsResumed, Cell::TlsSmall, Cell::TlsLarge, Cell::TlsH2, Cell::TlsIdle];
 
-/// What one word on the command line stands for: a cell, or `tls` for several.
+/// The cells of one word on the command line: a single cell, or `tls` for several.
 #[derive(Clone, Debug)]
 pub struct Chosen(pub Vec<Cell>);
 
@@ -102,7 +102,7 @@ impl FromStr for Chosen {
     }
 }
 
-/// What is done in a cell.
+/// The work of a cell.
 enum Work {
     Load(Load),
     Hold,
@@ -113,44 +113,44 @@ enum Work {
     Attack,
 }
 
-/// Who asks.
+/// The client that sends the requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Client {
     Wrk,
-    /// By HTTP/2, so many requests at a time on each connection.
+    /// HTTP/2, with this number of concurrent requests on each connection.
     H2load(usize),
-    /// By a handshake for each request.
+    /// A handshake for each request.
     Shaking {
         resume: bool,
     },
 }
 
-/// Requests as fast as the proxy answers.
+/// Requests as fast as the proxy responds.
 struct Load {
     client: Client,
     path: &'static str,
     connections: usize,
-    /// Whether each request comes on a connection of its own.
+    /// Whether each request uses a new connection.
     new_connections: bool,
-    /// What is sent with each request, which then is a POST.
+    /// Body size of each request, in bytes; more than 0 makes it a POST.
     body_bytes: usize,
-    /// More than 1 where a difference of a few percent is asked for.
+    /// Factor of the number of rounds; more than 1 where a difference of a few percent matters.
     times_the_rounds: usize,
-    /// Samples are no longer than this, where many short rounds say more than a few long ones.
+    /// Maximum duration of a sample in seconds, where many short rounds are more precise than a few long ones.
     seconds_max: u64,
 }
 
-/// Where it is done, and how much of it.
+/// The setting of the measurements, and their effort.
 pub struct Bench {
     /// The CPUs.
     pub machine: Machine,
-    /// Where the proxies send their requests.
+    /// The proxies' origin.
     pub origin: Running,
-    /// How much is done for each figure.
+    /// The effort for each figure.
     pub effort: Effort,
 }
 
-/// How much is done for each figure.
+/// The effort for each figure.
 pub struct Effort {
     /// Seconds of load per sample.
     pub seconds: u64,
@@ -160,17 +160,17 @@ pub struct Effort {
     pub connections: usize,
     /// Slow clients in the cells `uploaders` and `readers`.
     pub slow: usize,
-    /// Samples per attack, each of which takes some 25 seconds.
+    /// Samples per attack; each takes about 25 seconds.
     pub attack_rounds: usize,
-    /// Connections of TLS that say nothing, in the attack `idle`.
+    /// Silent TLS connections in the attack `idle`.
     pub idle: usize,
     /// The attacks.
     pub attacks: Vec<Attack>,
-    /// Samples per figure in these cells, each of which takes half a minute.
+    /// Samples per figure in the cells with slow clients; each takes half a minute.
     pub slow_rounds: usize,
 }
 
-/// What is measured under load. The CPU time comes first: it is the figure that others' work disturbs least.
+/// The figures under load. CPU time is first, since other programs affect it least.
 const LOAD_COLUMNS: &[Column] = &[
     Column { key: "cpu_seconds_per_100k", heading: "CPU s/100k", decimals: 2, compared: true },
     Column { key: "requests_per_second", heading: "req/s", decimals: 0, compared: true },
@@ -180,11 +180,11 @@ const LOAD_COLUMNS: &[Column] = &[
     Column { key: "failed", heading: "failed", decimals: 0, compared: false },
 ];
 
-/// What is measured with connections held open.
+/// The figures of open connections.
 const MEMORY_COLUMNS: &[Column] =
     &[Column { key: "kib_per_connection", heading: "KiB/connection", decimals: 2, compared: true }];
 
-/// What must be reached in cells under load.
+/// The goals of cells under load.
 const UPLOAD_GOALS: &[Goal] = &[cpu_goal("CPU per upload, x nginx's default", "nginx", 0.65, Some(0.5))];
 const SPILL_GOALS: &[Goal] = &[cpu_goal("CPU per upload spilled to disk, x nginx's default", "nginx", 1.0, Some(0.8))];
 const BUFFERING_GOALS: &[Goal] = &[cpu_goal("CPU per small GET, x buffering off", "buffering off", 1.05, None)];
@@ -247,7 +247,7 @@ impl Cell {
         })
     }
 
-    /// What the certificates of the proxies are signed with, if clients speak TLS.
+    /// The key type of the proxies' certificates, if clients use TLS.
     pub fn tls(self) -> Option<KeyKind> {
         match self {
             Cell::TlsRsa => Some(KeyKind::Rsa),
@@ -320,7 +320,7 @@ impl Cell {
         }
     }
 
-    /// As on the command line.
+    /// The name on the command line.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
     }
@@ -333,7 +333,7 @@ impl Effort {
 }
 
 impl Bench {
-    /// Compares `proxies`, in turn in each round, to the one at `base`.
+    /// Compares `proxies`, measured in turn in each round, with the one at `base`.
     pub fn compare(&self, cell: Cell, proxies: &[Proxy], base: usize) -> Result<Vec<Comparison>> {
         if let Work::Attack = cell.work() {
             return self.attacked(proxies, base);
@@ -341,7 +341,7 @@ impl Bench {
         let title = cell.title(&self.effort);
         let row = |proxy: &Proxy| Row { name: proxy.name.clone(), samples: Vec::new(), judged: proxy.is_forebay() };
         let mut rows: Vec<Row> = proxies.iter().map(row).collect();
-        // What the others are compared to sets the goal and has none.
+        // The base determines the goal and has none itself.
         rows[base].judged &= !matches!(cell, Cell::Buffering | Cell::Rules);
         match cell.work() {
             Work::Load(load) => self.under_load(&load, proxies, &mut rows),
@@ -356,7 +356,7 @@ impl Bench {
         Ok(vec![Comparison { cell: cell.name(), title, columns: cell.columns(), base, rows, goals: cell.goals() }])
     }
 
-    /// A comparison for each attack.
+    /// Returns a comparison for each attack.
     fn attacked(&self, proxies: &[Proxy], base: usize) -> Result<Vec<Comparison>> {
         let mut comparisons = Vec::new();
         for attack in &self.effort.attacks {
@@ -383,9 +383,9 @@ impl Bench {
         Ok(comparisons)
     }
 
-    /// Every proxy runs from the first round to the last, and idles while another is measured.
+    /// All proxies run from the first round to the last, and idle while another one is measured.
     fn under_load(&self, load: &Load, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
-        // nginx answers a POST before it has read it.
+        // nginx responds to a POST before it has read the body.
         let uploads =
             if load.body_bytes > 0 { Some(Running::counting_origin(&self.machine, BULK_ORIGIN)?) } else { None };
         let origin = uploads.as_ref().unwrap_or(&self.origin);
@@ -395,7 +395,7 @@ impl Bench {
         let servers_seconds =
             || running.iter().chain([origin]).map(|running| running.server.cpu_seconds()).sum::<Result<f64>>();
         for proxy in &running {
-            // Buffers, pools and caches are filled before anything counts.
+            // Fills buffers, pools and caches before the measurement.
             self.work(load, proxy, 1)?;
         }
         for round in 1..=self.effort.rounds * load.times_the_rounds {
@@ -403,7 +403,7 @@ impl Bench {
             let noise = Noise::listen(servers_seconds()?)?;
             let mut turns: Vec<(&Running, &mut Row)> = running.iter().zip(rows.iter_mut()).collect();
             if round % 2 == 0 {
-                // Whoever comes first finds the machine as others left it; that is each one's lot in turn.
+                // The first proxy of a round finds the machine as other work left it, so the order alternates.
                 turns.reverse();
             }
             for (proxy, row) in turns {
@@ -415,7 +415,7 @@ impl Bench {
         Ok(())
     }
 
-    /// One figure per column of `LOAD_COLUMNS`.
+    /// Returns one figure per column of `LOAD_COLUMNS`.
     fn load_sample(&self, load: &Load, proxy: &Running) -> Result<Vec<f64>> {
         proxy.empty_logs()?;
         let before = proxy.server.cpu_seconds()?;
@@ -459,7 +459,7 @@ impl Bench {
         if load.new_connections {
             command.args(["-H", "Connection: close"]);
         }
-        // The file goes when wrk has ended.
+        // The file is removed after wrk has ended.
         let mut script = tempfile::NamedTempFile::new()?;
         if load.body_bytes > 0 {
             write!(script, "wrk.method = 'POST' wrk.body = string.rep('x', {})", load.body_bytes)?;
@@ -471,7 +471,7 @@ impl Bench {
         Summary::parse(&output).map_err(|missing| anyhow!(missing))
     }
 
-    /// Every sample has a fresh process: memory that load has left behind would take in the connections for nothing.
+    /// Each sample has a fresh process: memory left over from earlier load would hold the connections without growth.
     fn while_held(&self, cell: Cell, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
         for round in 1..=self.effort.rounds {
             eprintln!("  round {round}: load average before it {}", load_averages()?);
@@ -485,11 +485,11 @@ impl Bench {
         Ok(())
     }
 
-    /// KiB that each held connection adds to the process.
+    /// Returns the KiB that each open connection adds to the process.
     fn held_sample(&self, cell: Cell, proxy: &Running) -> Result<f64> {
         let (address, manner) = (proxy.server.address(), proxy.server.manner());
         for _ in 0..100 {
-            // What is made for the first requests and kept is not counted.
+            // Memory that the first requests allocate permanently does not count.
             open_and_get(&manner, address, "/small")?;
         }
         let before = settled_bytes(proxy)?;
@@ -501,7 +501,7 @@ impl Bench {
         Ok(bytes / held.len() as f64 / 1024.0)
     }
 
-    /// Every sample has a fresh process here too, and a fresh origin for the crowd.
+    /// Each sample has a fresh process here, too, and a fresh origin for the slow clients.
     fn beside_a_crowd(&self, cell: Cell, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
         for round in 1..=self.effort.slow_rounds {
             let before = load_averages()?;
@@ -509,14 +509,14 @@ impl Bench {
             for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
                 row.samples.push(self.crowd_sample(cell, proxy).with_context(|| row.name.clone())?);
             }
-            // Proxies and their origins have ended and been waited for: their time is in that of this process.
+            // The proxies and their origins have ended and were waited for, so this process's time includes theirs.
             let others = noise.cores(self.origin.server.cpu_seconds()?)?;
             eprintln!("  round {round}: load average before it {before}; others kept {others:.2} cores busy");
         }
         Ok(())
     }
 
-    /// One round: half a minute for each proxy, and what may not fail may not fail in any.
+    /// Runs one round of half a minute for each proxy. One round suffices, since requests must not fail in any round.
     fn in_trouble(&self, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
         for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
             let before = load_averages()?;
@@ -528,7 +528,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Every sample has a fresh process: older workers of nginx and HAProxy may still end what they have.
+    /// Each sample has a fresh process: older workers of nginx and HAProxy may still be finishing.
     fn in_rounds(
         &self,
         proxies: &[Proxy],
@@ -558,7 +558,7 @@ impl Bench {
     }
 }
 
-/// Resident memory once it stands still, or after ten seconds, if it never does.
+/// Resident memory once it is stable, or after ten seconds at most.
 pub fn settled_bytes(proxy: &Running) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut last = proxy.server.resident_bytes()?;

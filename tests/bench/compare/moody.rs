@@ -1,7 +1,7 @@
-//! An origin that gets into trouble when it is told to: it becomes slow, or fails now and then. What else may happen to
-//! it needs no word of its own: a process can be killed, started again and stopped.
+//! An origin that becomes slow or fails now and then on command. Other failures need no command: a process can be
+//! killed, restarted and stopped.
 //!
-//! It runs as a process of its own, on the origin's CPU: `main` starts it, `failover` tells it what to become.
+//! It runs as a separate process on the origin's CPU: `main` starts it, `failover` sends the commands.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,19 +10,19 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// What an answer takes while it is well: time that is slept, for what is measured here is not the work of origins.
+/// The response time without a command. The time is slept, since the work of origins is not measured.
 pub const PAUSE: Duration = Duration::from_millis(5);
 
-/// A slow one takes so many times as long.
+/// The factor of the response time when it is slow.
 pub const TIMES_SLOWER: u32 = 100;
 
-/// A failing one answers 500 to each request that has such a number: 20 %.
+/// A failing origin responds with 500 to each request whose number is a multiple of this: 20 %.
 const FAILS_EVERY: usize = 5;
 
-/// Where it is asked whether it is well. It is, as long as it runs: what goes wrong shows in requests alone.
+/// The path of health checks. They always pass while it runs: only requests show the failure.
 pub const CHECKED: &str = "/healthz";
 
-/// Where it is told what to become.
+/// The paths of commands.
 pub const BE_SLOW: &str = "/be/slow";
 pub const BE_FAILING: &str = "/be/failing";
 
@@ -30,10 +30,10 @@ const WELL: u8 = 0;
 const SLOW: u8 = 1;
 const FAILING: u8 = 2;
 
-/// A connection has a thread, which sleeps most of the time.
+/// Each connection has a thread, which sleeps most of the time.
 const STACK_BYTES: usize = 128 << 10;
 
-/// A header that is not complete within so many bytes ends its connection.
+/// A connection ends if its header is not complete within this number of bytes.
 const HEADER_BYTES: usize = 16 << 10;
 
 #[derive(Default)]
@@ -48,13 +48,13 @@ pub fn serve(listener: TcpListener) -> io::Result<()> {
     loop {
         let (stream, _) = listener.accept()?;
         let origin = origin.clone();
-        // A connection that breaks is the proxy's affair.
+        // A broken connection is the proxy's responsibility.
         thread::Builder::new().stack_size(STACK_BYTES).spawn(move || origin.converse(stream))?;
     }
 }
 
 impl Origin {
-    /// Answers the requests of one connection, none of which has a body.
+    /// Responds to the requests of one connection, which have no bodies.
     fn converse(&self, mut stream: TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let (mut header, mut piece) = (Vec::new(), [0; 4096]);
@@ -75,13 +75,13 @@ impl Origin {
         }
     }
 
-    /// What is told is done at once, and does not count as a request.
+    /// Applies a command at once. Commands do not count as requests.
     fn turn(&self, mood: u8) -> &'static str {
         self.mood.store(mood, Ordering::Relaxed);
         "200 OK"
     }
 
-    /// The status for a path, after the time that it takes.
+    /// The status for a path, after the response time.
     fn answer(&self, path: &str) -> &'static str {
         match path {
             CHECKED => return "200 OK",

@@ -1,7 +1,7 @@
-//! Wrong passwords come to one route while a fast client asks another: what the fast client notices.
+//! Wrong passwords on one route while a fast client uses another: the effect on the fast client.
 //!
-//! Both clients send by the clock. Times with and without wrong passwords alternate in one process, so that work of
-//! others on the machine touches both alike. Each password is another one, so that nothing is remembered of it.
+//! Both clients send at a fixed rate. Periods with and without wrong passwords alternate in one process, so that other
+//! load on the machine affects both. Each password is different, so that no result is remembered.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -17,22 +17,22 @@ use crate::latency::p99_ms;
 use crate::machine::Machine;
 use crate::proxies::{GUARDED, Origins, Proxy};
 
-/// The first second does not count: connections are opened in it.
+/// The first second does not count, since connections are being opened.
 const WARM: Duration = Duration::from_secs(1);
 
-/// How long the fast client is alone each time, and then beside wrong passwords.
+/// Duration of each period: the fast client alone, and with wrong passwords.
 const EACH: Duration = Duration::from_secs(3);
 
-/// Between the two, and before the next time alone.
+/// The pause between two periods.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// How often both.
+/// Number of periods of each kind.
 const TIMES: usize = 5;
 
-/// 200 a second. An answer may take seconds, and holds up no other password meanwhile.
+/// 200 per second. A response may take seconds; it delays no other password meanwhile.
 const GUESSES: Pace = Pace { interval: Duration::from_millis(5), connections: 400 };
 
-/// What is measured. Medians over the times of a sample.
+/// The figures: medians over the periods of a sample.
 pub const PASSWORD_COLUMNS: &[Column] = &[
     Column { key: "p99_beside_ms", heading: "beside: p99 ms", decimals: 2, compared: true },
     Column { key: "p99_alone_ms", heading: "alone", decimals: 2, compared: true },
@@ -43,7 +43,7 @@ pub const PASSWORD_COLUMNS: &[Column] = &[
     Column { key: "failed", heading: "failed", decimals: 0, compared: false },
 ];
 
-/// What must be reached: other clients notice nothing.
+/// The goals: other clients notice nothing.
 pub const PASSWORD_GOALS: &[Goal] = &[
     Goal {
         what: "a fast client's p99 beside 200 wrong passwords a second, x alone",
@@ -55,7 +55,7 @@ pub const PASSWORD_GOALS: &[Goal] = &[
     Goal { what: "failed beside wrong passwords", column: "failed", over: None, must: 0.0, aim: None },
 ];
 
-/// One figure per column of `PASSWORD_COLUMNS`, of a fresh process.
+/// Returns one figure per column of `PASSWORD_COLUMNS`, from a fresh process.
 pub fn sample(machine: &Machine, proxy: &Proxy, origins: Origins) -> Result<Vec<f64>> {
     let running = proxy.start(machine, origins)?;
     let (address, manner) = (running.server.address(), running.server.manner());
@@ -70,7 +70,7 @@ pub fn sample(machine: &Machine, proxy: &Proxy, origins: Origins) -> Result<Vec<
         let before = running.server.cpu_seconds()?;
         beside.push(next(&fast, SETTLE));
         cpu.push((running.server.cpu_seconds()? - before) / (SETTLE + EACH).as_secs_f64() * 100.0);
-        // All answers have come when this is over, so that no password waits any more.
+        // All responses are received after this, so that no password is pending.
         let log = wrong.finish()?;
         guesses += log.samples.len();
         not_hashed += log.failed;
@@ -83,14 +83,14 @@ pub fn sample(machine: &Machine, proxy: &Proxy, origins: Origins) -> Result<Vec<
     Ok(vec![beside, alone, beside / alone, counts[0], counts[1], cpu, log.failed as f64])
 }
 
-/// Waits for a time to be over that begins in so long.
+/// Waits for the end of a period that begins after `pause`.
 fn next(fast: &FastClient, pause: Duration) -> Range<Duration> {
     let begin = fast.elapsed() + pause;
     fast.wait_until(begin + EACH);
     begin..begin + EACH
 }
 
-/// A request with a wrong password, another one each time.
+/// A request with a wrong password, different each time.
 fn guess(address: SocketAddr, due: Duration) -> String {
     let credentials = BASE64_STANDARD.encode(format!("ada:wrong-{}", due.as_nanos()));
     format!("GET {GUARDED} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Basic {credentials}\r\n\r\n")

@@ -1,4 +1,4 @@
-//! A server that is measured or measured against: started on its own CPU, asked for its figures, ended when dropped.
+//! A server of the comparison: started on its own CPU, queried for its figures, killed on drop.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -14,24 +14,24 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::procfs;
 use crate::secure::{Link, Manner};
 
-/// How long a server may take to answer its first request. A Forebay with 10,000 routes reads its file in that time.
+/// Maximum time until the first response. A Forebay with 10,000 routes reads its file in that time.
 const START_SECONDS: u64 = 20;
 
-/// A running server, a single process. It is killed when this is dropped, be it by a panic.
+/// A running server, a single process. It is killed on drop, including after a panic.
 pub struct Server {
     child: Child,
     address: SocketAddr,
     /// Whether it speaks TLS.
     tls: bool,
-    /// Where its stdout and stderr go.
+    /// The file with its stdout and stderr.
     output: PathBuf,
-    /// Whether it has processes of its own that do the work.
+    /// Whether child processes do its work.
     has_workers: bool,
 }
 
 impl Server {
-    /// Starts `command`, with its output in a file in `dir`, and waits until it answers a GET at `address`, by TLS if
-    /// it speaks that.
+    /// Starts `command`, with its output in a file in `dir`, and waits until it responds to a GET at `address`, over
+    /// TLS if `tls`.
     pub fn start(mut command: Command, address: SocketAddr, tls: bool, dir: &Path) -> Result<Server> {
         let output = dir.join("output.log");
         let file = File::options().create(true).append(true).open(&output)?;
@@ -42,44 +42,44 @@ impl Server {
         Ok(server)
     }
 
-    /// Where it listens.
+    /// The address of its listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Says that processes of its own do the work.
+    /// Marks it as a server whose child processes do the work.
     pub fn with_workers(&mut self) {
         self.has_workers = true;
     }
 
-    /// How its clients connect.
+    /// How clients connect to it.
     pub fn manner(&self) -> Manner {
         Manner::of(self.tls)
     }
 
-    /// CPU seconds that it has used so far, all threads.
+    /// CPU seconds of all its threads so far.
     pub fn cpu_seconds(&self) -> Result<f64> {
         self.figure("stat", procfs::cpu_seconds)
     }
 
-    /// Bytes that it holds in memory now.
+    /// Its resident bytes.
     pub fn resident_bytes(&self) -> Result<u64> {
         self.figure("smaps_rollup", procfs::resident_bytes)
     }
 
-    /// The most bytes that it ever held in memory.
+    /// Its peak of resident bytes.
     pub fn peak_bytes(&self) -> Result<u64> {
         self.figure("status", procfs::peak_bytes)
     }
 
-    /// It stops where it is and does nothing any more, until it is killed.
+    /// Stops it with SIGSTOP, until it is killed.
     pub fn freeze(&self) -> io::Result<()> {
         self.signal(libc::SIGSTOP)
     }
 
     /// Sends it a signal.
     pub fn signal(&self, signal: i32) -> io::Result<()> {
-        // SAFETY: the call takes integers only, and the child, which nobody has waited for, still owns its id.
+        // SAFETY: the call has no pointers. The child was not waited for, so its id is not reused.
         match unsafe { libc::kill(self.child.id() as libc::pid_t, signal) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -118,20 +118,20 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if self.has_workers {
-            // A master that is killed leaves its workers behind; one that is asked takes them along.
+            // A killed master leaves its workers behind; with SIGTERM it ends them.
             let _ = self.signal(libc::SIGTERM);
             let deadline = Instant::now() + Duration::from_secs(5);
             while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
                 sleep(Duration::from_millis(20));
             }
         }
-        // Neither fails for a child that was not waited for, or else there is nothing left to end.
+        // Neither fails for a child that was not waited for; otherwise there is nothing to kill.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Ends this process soon after the one that started it, however that one ended.
+/// Ends this process soon after its parent has ended, for any reason.
 pub fn end_with_parent() -> io::Result<()> {
     let parent = parent_id();
     let watch = move || {
@@ -144,22 +144,22 @@ pub fn end_with_parent() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel kill this process when the thread that started it ends: a process that was frozen cannot watch.
+/// Makes the kernel kill this process when the thread that started it ends, since a stopped process cannot check.
 pub fn die_with_parent() -> io::Result<()> {
-    // SAFETY: the call takes integers only and concerns this process alone.
+    // SAFETY: the call has no pointers and affects this process only.
     match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Opens a connection, sends one GET, reads the whole answer, which must be a 200 with a `Content-Length`, and leaves
-/// the connection open.
+/// Opens a connection, sends one GET, and reads the complete response, which must be a 200 with a `Content-Length`. The
+/// connection stays open.
 pub fn open_and_get(manner: &Manner, address: SocketAddr, path: &str) -> Result<Link> {
     Ok(open_and_hear(manner, address, path)?.0)
 }
 
-/// The body of what is answered to a GET on a connection of its own.
+/// The response body of a GET on a new connection.
 pub fn body_of(address: SocketAddr, path: &str) -> Result<String> {
     let answer = String::from_utf8(open_and_hear(&Manner::of(false), address, path)?.1)?;
     Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
@@ -178,7 +178,7 @@ fn open_and_hear(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Li
     Ok((stream, answer))
 }
 
-/// Opens a connection, sends one GET, reads the first piece of the answer and no more.
+/// Opens a connection, sends one GET, and reads only the first piece of the response.
 pub fn open_and_ask(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
     let mut stream = manner.open(address)?;
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes())?;
@@ -191,7 +191,7 @@ pub fn open_and_ask(manner: &Manner, address: SocketAddr, path: &str) -> Result<
     Ok((stream, first))
 }
 
-/// Whether bytes of this answer are still to come.
+/// Whether bytes of this response are missing.
 pub fn answer_is_short(answer: &[u8]) -> Result<bool> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut response = httparse::Response::new(&mut headers);
@@ -201,8 +201,7 @@ pub fn answer_is_short(answer: &[u8]) -> Result<bool> {
     Ok(answer.len() < header_bytes + std::str::from_utf8(length.value)?.parse::<usize>()?)
 }
 
-/// Runs `command` to its end and returns what it wrote to stdout; kills it after `limit`. What it writes must fit into
-/// a pipe (64 KiB).
+/// Runs `command` to its end and returns its stdout; kills it after `limit`. The output must fit into a pipe (64 KiB).
 pub fn output_within(mut command: Command, limit: Duration) -> Result<String> {
     let command_line = written_out(&command);
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
@@ -219,7 +218,7 @@ pub fn output_within(mut command: Command, limit: Duration) -> Result<String> {
     Ok(io::read_to_string(child.stdout.take().context("stdout is a pipe")?)?)
 }
 
-/// As one would type it; `Debug` would print the whole `PATH` too.
+/// The command as one would type it; `Debug` would include the whole `PATH`.
 fn written_out(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")

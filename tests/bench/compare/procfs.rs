@@ -1,20 +1,19 @@
-//! What `/proc` says of processes and CPUs, as figures (proc(5)). Pure: `process` and `machine` read the files.
+//! Parses files of `/proc` about processes and CPUs (proc(5)). Pure; `process` and `machine` read the files.
 
 /// Ticks per second in the times of `/proc`: the kernel's USER_HZ, 100 on every architecture that Debian builds for.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// CPU seconds of a process, user and system, all its threads: fields 14 and 15 of `/proc/PID/stat`.
+/// CPU seconds of all threads of a process, user and system: fields 14 and 15 of `/proc/PID/stat`.
 pub fn cpu_seconds(stat: &str) -> Option<f64> {
     stat_seconds(stat, 14..=15)
 }
 
-/// CPU seconds of a process and of its children that have ended and were waited for: fields 14 to 17 of
-/// `/proc/PID/stat`.
+/// CPU seconds of a process and of its children that were waited for: fields 14 to 17 of `/proc/PID/stat`.
 pub fn cpu_seconds_with_children(stat: &str) -> Option<f64> {
     stat_seconds(stat, 14..=17)
 }
 
-/// Fields are counted from 1. The second is the name in brackets, which may hold blanks and brackets itself.
+/// Sums fields, which are numbered from 1. The second is the name in brackets, which may contain spaces and brackets.
 fn stat_seconds(stat: &str, fields: std::ops::RangeInclusive<usize>) -> Option<f64> {
     let (_, behind_name) = stat.rsplit_once(')')?;
     let behind_name: Vec<&str> = behind_name.split_whitespace().collect();
@@ -29,13 +28,14 @@ pub fn resident_bytes(smaps_rollup: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// The most bytes that were ever resident: the line `VmHWM:` of `/proc/PID/status`.
+/// The peak of resident bytes: the line `VmHWM:` of `/proc/PID/status`.
 pub fn peak_bytes(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// Seconds that all CPUs together were not idle, stolen time included: the first line of `/proc/stat`.
+/// Seconds in which the CPUs were not idle, summed over all CPUs and including stolen time: the first line of
+/// `/proc/stat`.
 pub fn busy_seconds(stat: &str) -> Option<f64> {
     let fields: Option<Vec<u64>> =
         stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace().map(|f| f.parse().ok()).collect();
@@ -44,7 +44,7 @@ pub fn busy_seconds(stat: &str) -> Option<f64> {
     Some(seconds(user + nice + system + irq + softirq + steal))
 }
 
-/// The CPUs that the line `Cpus_allowed_list:` of `/proc/PID/status` names, such as `0-3,8`.
+/// The CPUs in the line `Cpus_allowed_list:` of `/proc/PID/status`, such as `0-3,8`.
 pub fn allowed_cpus(status: &str) -> Option<Vec<usize>> {
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
     let mut cpus = Vec::new();

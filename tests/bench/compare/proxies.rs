@@ -1,8 +1,8 @@
-//! The proxies that are compared and the origin behind them: how each is configured to do the same work on one worker.
+//! The compared proxies and their origin: how each is configured to do the same work with one worker.
 //!
-//! The same work: keep-alive on both sides with connections to spare, `X-Forwarded-For` and `-Proto` added, one log
-//! line per request written to a file. Where a default would interrupt the measurement (nginx closes a connection after
-//! 1,000 requests), it is lifted; everything else stays at its default. With TLS all show the same certificate.
+//! The same work: keep-alive on both sides with spare connections, `X-Forwarded-For` and `-Proto` added, one log line
+//! per request in a file. A default that would interrupt the measurement is changed (nginx closes a connection after
+//! 1,000 requests); all others are kept. With TLS, all have the same certificate.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -25,14 +25,14 @@ use crate::rules::RULES;
 use crate::secure::{Identity, NAME};
 use crate::several;
 
-/// A port that was free may be taken by the time a server binds it; then another is tried.
+/// A free port may be taken before a server binds it; then another one is tried.
 const ATTEMPTS: usize = 4;
 
-/// The arguments with which this program is the origin that counts, for uploads and for a crowd of slow clients.
+/// The arguments that make this program the counting origin, for uploads and for slow clients.
 pub const BULK_ORIGIN: &str = "bulk-origin";
 pub const CROWD_ORIGIN: &str = "crowd-origin";
 
-/// The argument with which it is an endpoint that gets into trouble.
+/// The argument that makes it a failing endpoint.
 pub const MOODY_ORIGIN: &str = "moody-origin";
 
 /// A proxy to compare.
@@ -41,7 +41,7 @@ pub struct Proxy {
     /// Its name in the tables.
     pub name: String,
     kind: Kind,
-    /// What it shows to clients of TLS, if it speaks that.
+    /// Its certificate, if it serves TLS.
     tls: Option<Arc<Identity>>,
 }
 
@@ -52,42 +52,43 @@ enum Kind {
     Haproxy,
 }
 
-/// Keys in the configuration of Forebay beyond those that every cell has, as text of YAML.
+/// Additional keys in Forebay's configuration, as YAML text.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Keys {
-    /// Of the section `server`. `{dir}` stands for the directory of the proxy, where all of its files are.
+    /// Of the section `server`. `{dir}` is replaced by the directory of the proxy, which has all of its files.
     pub server: Option<&'static str>,
     /// Of the listener.
     pub listener: Option<&'static str>,
     /// Of the route.
     pub route: Option<&'static str>,
-    /// Of the upstream, where there are several endpoints.
+    /// Of the upstream, if there are several endpoints.
     pub upstream: Option<&'static str>,
-    /// Ten rules that each request is asked, none of which holds.
+    /// Ten rules that each request evaluates, none of which is true.
     pub rules: Option<Rules>,
-    /// Whether there is a route that asks for a password, before the one that all requests take.
+    /// Whether there is a route with a password, before the one for all requests.
     pub guarded: bool,
 }
 
-/// Where rules are.
+/// The location of rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rules {
-    /// On filters of the route that all requests take.
+    /// On filters of the route for all requests.
     OnFilters,
-    /// On routes before it, one each.
+    /// On routes before that route, one each.
     OnRoutes,
 }
 
-/// Where a proxy sends its requests.
+/// The origins of a proxy.
 #[derive(Clone, Copy, Debug)]
 pub struct Origins {
-    /// All of them, or the rest.
+    /// The origin of all requests, or of the remaining ones.
     pub rest: SocketAddr,
-    /// Those of slow clients: `/4m` and `/upload`. A fast client's then do not wait behind them at the origin.
+    /// The origin of slow clients: `/4m` and `/upload`. Requests of a fast client then do not wait for them at the
+    /// origin.
     pub bulk: Option<SocketAddr>,
 }
 
-/// The proxies that can be chosen on the command line.
+/// The proxies that can be selected on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
     Forebay,
@@ -95,7 +96,7 @@ pub enum Choice {
     Haproxy,
 }
 
-/// A build of Forebay to compare: `name=path`, or a path alone.
+/// Another build of Forebay: `name=path`, or only a path.
 #[derive(Clone, Debug)]
 pub struct Variant {
     name: String,
@@ -117,7 +118,7 @@ impl Proxy {
         Proxy { name: "nginx".to_owned(), kind: Kind::Nginx { http: "" }, tls: None }
     }
 
-    /// nginx that holds uploads in memory up to 2 MiB and need not write them to files.
+    /// nginx that keeps uploads up to 2 MiB in memory and writes none to files.
     pub fn nginx_with_memory() -> Proxy {
         let http = "    client_body_buffer_size 2m;\n";
         Proxy { name: "nginx 2m".to_owned(), kind: Kind::Nginx { http }, tls: None }
@@ -139,18 +140,18 @@ impl Proxy {
         Proxy { name: variant.name.clone(), ..Proxy::forebay(&variant.binary) }
     }
 
-    /// Forebay with so many routes, of which the request takes the last resort.
+    /// Forebay with this number of routes, the last of which matches the request.
     pub fn forebay_with_routes(binary: &Path, routes: usize) -> Proxy {
         let kind = Kind::Forebay { binary: binary.to_owned(), routes, keys: Keys::default() };
         Proxy { name: format!("{routes} routes"), kind, tls: None }
     }
 
-    /// The same under another name.
+    /// A copy with another name.
     pub fn named(self, name: &str) -> Proxy {
         Proxy { name: name.to_owned(), ..self }
     }
 
-    /// The same with clients that may be silent for ten minutes, if it is nginx.
+    /// A copy that allows clients to be silent for ten minutes, if it is nginx.
     pub fn with_long_idle(mut self) -> Proxy {
         if let Kind::Nginx { http } = &mut self.kind {
             *http = "    keepalive_timeout 600s;\n";
@@ -158,7 +159,7 @@ impl Proxy {
         self
     }
 
-    /// The same with these keys, if it is a Forebay.
+    /// A copy with these keys, if it is a Forebay.
     pub fn with_keys(mut self, with: Keys) -> Proxy {
         if let Kind::Forebay { keys, .. } = &mut self.kind {
             *keys = with;
@@ -166,17 +167,17 @@ impl Proxy {
         self
     }
 
-    /// The same, speaking TLS: HTTP/1.1 and HTTP/2, as ALPN decides.
+    /// A copy that serves TLS: HTTP/1.1 and HTTP/2, as negotiated by ALPN.
     pub fn with_tls(self, identity: &Arc<Identity>) -> Proxy {
         Proxy { tls: Some(identity.clone()), ..self }
     }
 
-    /// Whether it is a Forebay, of which something is demanded.
+    /// Whether it is a Forebay, for which the goals apply.
     pub fn is_forebay(&self) -> bool {
         matches!(self.kind, Kind::Forebay { .. })
     }
 
-    /// The file to run, and the argument that makes it say its version.
+    /// The program, and the argument that prints its version.
     pub fn version(&self) -> (&OsStr, &'static str) {
         match &self.kind {
             Kind::Forebay { binary, .. } => (binary.as_os_str(), "version"),
@@ -211,7 +212,7 @@ impl Proxy {
         })
     }
 
-    /// Starts it in front of `origins`, as it is run where it is to load its configuration anew: nginx and HAProxy with a
+    /// Starts it in front of `origins`, such that its configuration can be reloaded: nginx and HAProxy run with a
     /// master process.
     pub fn start_reloadable(&self, machine: &Machine, origins: Origins) -> Result<Running> {
         let mut running = Running::start(&self.name, free_address, false, |address, dir| {
@@ -236,7 +237,7 @@ impl Proxy {
         Ok(running)
     }
 
-    /// Has it load a configuration in which a time is another than before, for the `number`th time.
+    /// Makes it reload a configuration with a different time, for the `number`th time.
     pub fn reload(&self, running: &Running, number: u32) -> Result<()> {
         let path = running.dir.path().join("config");
         let config = fs::read_to_string(&path)?;
@@ -248,7 +249,7 @@ impl Proxy {
             }
             Kind::Haproxy => ("timeout client 60s", format!("timeout client {seconds}s"), libc::SIGUSR2),
         };
-        // Each time from the configuration that it was started with.
+        // Always starts from the initial configuration.
         let original = running.dir.path().join("original");
         if number == 1 {
             fs::write(&original, &config)?;
@@ -257,7 +258,7 @@ impl Proxy {
         Ok(running.server.signal(signal)?)
     }
 
-    /// Starts it in front of several endpoints, as `several` says.
+    /// Starts it in front of several endpoints, configured by `several`.
     pub fn start_before(&self, machine: &Machine, endpoints: &[SocketAddr]) -> Result<Running> {
         Running::start(&self.name, free_address, false, |address, dir| {
             let (program, config, arguments) = match &self.kind {
@@ -275,15 +276,15 @@ impl Proxy {
     }
 }
 
-/// A server at work, in a directory of its own that goes when it goes.
+/// A running server, in its own directory, which is removed on drop.
 pub struct Running {
-    /// The process. It stands before the directory, for fields are dropped in order.
+    /// The process. It is declared before the directory, since fields are dropped in order.
     pub server: Server,
     dir: TempDir,
 }
 
 impl Running {
-    /// Starts the origin: nginx with one worker, small answers from memory and large ones from files.
+    /// Starts the origin: nginx with one worker, small responses from memory and large ones from files.
     pub fn origin(machine: &Machine) -> Result<Running> {
         Running::start("the origin", free_address, false, |address, dir| {
             for (name, bytes) in [("64k", 64 << 10), ("1m", 1 << 20), ("4m", 4 << 20)] {
@@ -295,7 +296,7 @@ impl Running {
         })
     }
 
-    /// Starts the origin that counts: this program again, as which of the two `role` says.
+    /// Starts the counting origin: this program with the argument `role`.
     pub fn counting_origin(machine: &Machine, role: &str) -> Result<Running> {
         Running::start(role, free_address, false, |address, _| {
             let mut command = machine.origin(std::env::current_exe()?);
@@ -304,7 +305,7 @@ impl Running {
         })
     }
 
-    /// Starts an endpoint that gets into trouble when it is told to, at an address of its own or where one was before.
+    /// Starts an endpoint that fails on command, at a new address or at that of an earlier one.
     pub fn moody_origin(machine: &Machine, at: Option<SocketAddr>) -> Result<Running> {
         let choose = || at.map_or_else(free_address, Ok);
         Running::start(MOODY_ORIGIN, choose, false, |address, _| {
@@ -314,7 +315,7 @@ impl Running {
         })
     }
 
-    /// `command` is made for an address and a directory, anew for each attempt.
+    /// Starts a server. `command` is created for an address and a directory, again for each attempt.
     fn start(
         name: &str,
         choose: impl Fn() -> Result<SocketAddr>,
@@ -334,7 +335,7 @@ impl Running {
         outcome.with_context(|| format!("{name} does not start"))
     }
 
-    /// What a Forebay counts, as text.
+    /// The metrics of a Forebay, as text.
     pub fn metrics(&self) -> Result<String> {
         let mut stream = UnixStream::connect(self.dir.path().join(ADMIN_SOCKET))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -366,7 +367,7 @@ fn written(config: &str, dir: &Path) -> Result<OsString> {
     Ok(path.into())
 }
 
-/// The configuration's file follows. Errors before it is read go to stderr, not to a file that only root may write.
+/// The file follows. Errors before it is read go to stderr instead of a file that only root may write.
 const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
 
 /// In the foreground; the file follows.
@@ -375,18 +376,18 @@ const HAPROXY_ARGUMENTS: &[&str] = &["-db", "-f"];
 /// The same with a master process.
 const HAPROXY_MASTER_ARGUMENTS: &[&str] = &["-W", "-db", "-f"];
 
-/// Where a Forebay tells what it counts, in its directory.
+/// Forebay's admin socket, in its directory.
 const ADMIN_SOCKET: &str = "admin.sock";
 
-/// The users of the guarded route, in its directory, and the path of that route.
+/// The users of the route with a password, in its directory, and the path of that route.
 const USERS: &str = "users";
 pub const GUARDED: &str = "/guarded";
 
-/// What slow clients ask for.
+/// The paths for slow clients.
 const BULK_PATHS: [&str; 2] = ["/4m", "/upload"];
 
-/// What both nginxes have in common. Without a master process there is one process to measure and to end. Open
-/// connections are held to what `ulimit -n` allows anyway.
+/// The common part of both nginx configurations. Without a master process there is only one process to measure and to
+/// end. `ulimit -n` limits open connections in any case.
 pub fn nginx_frame(dir: &Path, http: &str) -> String {
     let dir = dir.display();
     format!(
@@ -473,8 +474,8 @@ fn nginx_config(address: SocketAddr, tls: Option<&Identity>, origins: Origins, d
     nginx_frame(dir, &http)
 }
 
-/// What every HAProxy has, and `backends` behind it, the first of which is `app`. The log goes to stdout, which is a
-/// file here: it has no other way to one.
+/// The common part of every HAProxy configuration, followed by `backends`, the first of which is `app`. The log goes to
+/// stdout, which is a file here, since HAProxy has no other way to write a file.
 pub fn haproxy_frame(
     address: SocketAddr,
     tls: Option<&Identity>,
@@ -516,9 +517,9 @@ fn haproxy_config(address: SocketAddr, tls: Option<&Identity>, origins: Origins)
     haproxy_frame(address, tls, ("5s", "60s"), &choice, &backends)
 }
 
-/// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no
-/// request of ours has: the request comes past them all. All clients have one address, so one address may have
-/// everything.
+/// Metrics and phases cannot be turned off; the access log is on. All routes except the last one have paths and hosts
+/// that no request has, so each request passes them all. All clients have the same address, so one address may use all
+/// resources.
 fn forebay_config(
     address: SocketAddr,
     tls: Option<&Identity>,

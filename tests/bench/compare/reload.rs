@@ -1,8 +1,8 @@
-//! The configuration is loaded anew each second while a client asks: what it notices.
+//! The configuration is reloaded each second while a client sends requests: the effect on the client.
 //!
-//! The client sends by the clock on kept connections. Each reload changes a time of the route, so that none of the
-//! proxies can find that there is nothing to do. nginx and HAProxy run with a master process here, as they are reloaded
-//! in service: it starts a worker anew each time. Forebay puts another configuration into the process that runs.
+//! The client sends at a fixed rate on keep-alive connections. Each reload changes a time of the route, so that no
+//! proxy can skip it. nginx and HAProxy run with a master process here, as in production, which starts a new worker for
+//! each reload. Forebay activates the new configuration in the running process.
 
 use std::time::Duration;
 
@@ -14,19 +14,19 @@ use crate::latency::p99_ms;
 use crate::machine::Machine;
 use crate::proxies::{Origins, Proxy};
 
-/// The first that does not count: connections are opened in it.
+/// The initial time that does not count, since connections are being opened.
 const WARM: Duration = Duration::from_millis(500);
 
-/// How long nothing is reloaded.
+/// How long there are no reloads.
 const WELL: Duration = Duration::from_secs(4);
 
-/// How often it is reloaded.
+/// Number of reloads.
 const RELOADS: u32 = 10;
 
 /// The time between two reloads.
 const EACH: Duration = Duration::from_secs(1);
 
-/// What is measured: failed are those that were not answered with 200.
+/// The figures. Failed are requests without a 200 response.
 pub const RELOAD_COLUMNS: &[Column] = &[
     Column { key: "reload_p99_ms", heading: "reloads: p99 ms", decimals: 2, compared: true },
     Column { key: "well_p99_ms", heading: "before", decimals: 2, compared: true },
@@ -36,7 +36,7 @@ pub const RELOAD_COLUMNS: &[Column] = &[
     Column { key: "requests", heading: "requests", decimals: 0, compared: false },
 ];
 
-/// What must be reached.
+/// The goals.
 pub const RELOAD_GOALS: &[Goal] = &[
     Goal { what: "failed with a reload each second", column: "failed", over: None, must: 0.0, aim: None },
     Goal {
@@ -48,7 +48,7 @@ pub const RELOAD_GOALS: &[Goal] = &[
     },
 ];
 
-/// One figure per column of `RELOAD_COLUMNS`, of a fresh process.
+/// Returns one figure per column of `RELOAD_COLUMNS`, from a fresh process.
 pub fn sample(machine: &Machine, proxy: &Proxy, origins: Origins) -> Result<Vec<f64>> {
     let running = proxy.start_reloadable(machine, origins)?;
     let fast =

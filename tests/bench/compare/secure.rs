@@ -1,7 +1,7 @@
-//! TLS in the comparison: the certificates that the proxies show, and a client that speaks it or does not.
+//! TLS in the comparison: the certificates of the proxies, and a client with or without TLS.
 //!
-//! Clients of ours send a key share of X25519 and resume no session unless they are to: all proxies then do the same
-//! work for a handshake, whatever else their libraries know.
+//! The clients here send a key share of X25519 and resume sessions only on request, so that all proxies do the same
+//! work for a handshake, whatever else their libraries support.
 
 use std::cell::Cell;
 use std::io::{self, Read, Write};
@@ -15,13 +15,13 @@ use anyhow::{Context, Result, anyhow, ensure};
 use pingora::tls::ssl::{SslConnector, SslMethod, SslSession, SslSessionCacheMode, SslStream, SslVerifyMode};
 use tempfile::TempDir;
 
-/// The name in the certificates, which our clients ask for.
+/// The name in the certificates and in SNI.
 pub const NAME: &str = "bench.test";
 
-/// How long a connect, a read or a write may take.
+/// Maximum time of a connect, a read or a write.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a certificate is signed with.
+/// The type of a certificate's key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyKind {
     /// ECDSA with P-256.
@@ -30,20 +30,20 @@ pub enum KeyKind {
     Rsa,
 }
 
-/// A certificate and its key, as files that go with it.
+/// A certificate and its key, in files that are removed on drop.
 #[derive(Debug)]
 pub struct Identity {
     /// The certificate.
     pub cert: PathBuf,
     /// Its key.
     pub key: PathBuf,
-    /// Both in one file, as HAProxy wants them.
+    /// Both in one file, for HAProxy.
     pub both: PathBuf,
     _dir: TempDir,
 }
 
 impl Identity {
-    /// One that is signed by itself.
+    /// Creates a self-signed certificate.
     pub fn make(kind: KeyKind) -> Result<Identity> {
         let dir = tempfile::tempdir()?;
         let [cert, key, both] = ["cert.pem", "key.pem", "both.pem"].map(|name| dir.path().join(name));
@@ -70,23 +70,23 @@ impl Identity {
 pub enum Link {
     /// In clear text.
     Plain(TcpStream),
-    /// By TLS.
+    /// Over TLS.
     Tls(Box<SslStream<TcpStream>>),
 }
 
 /// How a client connects.
 #[derive(Clone, Default)]
 pub struct Manner {
-    /// Whether it speaks TLS.
+    /// Whether it uses TLS.
     pub tls: bool,
-    /// What it offers by ALPN, as it goes over the wire; nothing, if that is empty.
+    /// The protocols that it offers by ALPN, in wire format; empty for none.
     pub alpn: &'static [u8],
-    /// What it resumes.
+    /// The session to resume.
     pub session: Option<SslSession>,
 }
 
 impl Manner {
-    /// By TLS or in clear text, HTTP/1.1 without ALPN.
+    /// TLS or clear text, HTTP/1.1 without ALPN.
     pub fn of(tls: bool) -> Manner {
         Manner { tls, ..Manner::default() }
     }
@@ -96,12 +96,12 @@ impl Manner {
         Manner { tls: true, alpn: b"\x02h2", session: None }
     }
 
-    /// Connects and shakes hands.
+    /// Connects and performs the handshake.
     pub fn open(&self, address: SocketAddr) -> Result<Link> {
         self.secure(TcpStream::connect_timeout(&address, PATIENCE)?)
     }
 
-    /// Shakes hands on this connection. It waits for its socket, for so long.
+    /// Performs the handshake on this connection, with blocking IO and time limits.
     pub fn secure(&self, socket: TcpStream) -> Result<Link> {
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;
@@ -123,12 +123,12 @@ impl Manner {
 }
 
 thread_local! {
-    /// The session that a server has last told a client of this thread of.
+    /// The last session that a server has sent to a client of this thread.
     static TOLD: Cell<Option<SslSession>> = const { Cell::new(None) };
 }
 
-/// The session that a server has last told a client of this thread of, once. With TLS 1.3 it comes with the first
-/// answer.
+/// Takes the last session that a server has sent to a client of this thread. With TLS 1.3 it arrives with the first
+/// response.
 pub fn told_session() -> Option<SslSession> {
     TOLD.take()
 }
@@ -140,16 +140,16 @@ fn connector() -> Result<&'static SslConnector> {
     }
     let mut connector = SslConnector::builder(SslMethod::tls())?;
     connector.set_verify(SslVerifyMode::NONE);
-    // The first is the one of the key share; the second is that of the certificates.
+    // The first is that of the key share; the second is that of the certificates.
     connector.set_curves_list("X25519:P-256")?;
-    // Kept in the context's own cache it would be found by no other connection.
+    // In the context's own cache, other connections would not find the session.
     connector.set_session_cache_mode(SslSessionCacheMode::CLIENT | SslSessionCacheMode::NO_INTERNAL);
     connector.set_new_session_callback(|_, session| TOLD.set(Some(session)));
     Ok(CONNECTOR.get_or_init(|| connector.build()))
 }
 
 impl Link {
-    /// The socket beneath.
+    /// The underlying socket.
     pub fn socket(&self) -> &TcpStream {
         match self {
             Link::Plain(socket) => socket,

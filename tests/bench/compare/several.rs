@@ -1,9 +1,9 @@
-//! How the proxies are set up in front of several endpoints, of which one may get into trouble.
+//! The configurations of the proxies in front of several endpoints, one of which may fail.
 //!
-//! As alike as they can be: the endpoint with the fewest requests under way is chosen; half a second for a connection
-//! and one for an answer; a GET that failed in any way, by a 500 too, goes to another endpoint. Forebay and HAProxy ask
-//! endpoints twice a second whether they are well; nginx has no such checks, and leaves an endpoint alone for ten
-//! seconds after a single failure, as is its default.
+//! They are as equal as possible: the endpoint with the fewest active requests is selected, the time limits are half a
+//! second to connect and one second for a response, and a failed GET (including a 500) is retried at another endpoint.
+//! Forebay and HAProxy check their endpoints twice a second. nginx has no such checks, and by default excludes an
+//! endpoint for ten seconds after a single failure.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::moody::CHECKED;
 use crate::proxies::{haproxy_frame, nginx_frame};
 
-/// `upstream`: further keys of the upstream, such as its policy.
+/// Forebay in front of `endpoints`. `upstream`: additional keys of the upstream, such as its policy.
 pub fn forebay_config(address: SocketAddr, endpoints: &[SocketAddr], dir: &Path, upstream: Option<&str>) -> String {
     let endpoints: Vec<String> = endpoints.iter().map(|endpoint| format!("{{ address: \"{endpoint}\" }}")).collect();
     let upstream = upstream.map_or(String::new(), |keys| format!("    {keys}\n"));

@@ -1,4 +1,5 @@
-//! Clients that shake hands for each request: wrk and h2load resume sessions, or shake hands once.
+//! Clients that perform a handshake for each request. wrk resumes sessions, and h2load performs only one handshake per
+//! connection, so neither is suitable.
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -12,11 +13,11 @@ use crate::machine::Place;
 use crate::secure::{Manner, NAME, told_session};
 use crate::wrk::Summary;
 
-/// Clients at work at the same time.
+/// Simultaneous clients.
 const CLIENTS: usize = 8;
 
-/// Has clients connect, shake hands, ask for a small answer and close, as fast as they can, for so long. With `resume`
-/// they resume the sessions of earlier connections.
+/// Runs clients that connect, perform a handshake, request a small response and close, as fast as they can, for
+/// `seconds`. With `resume` they resume the sessions of earlier connections.
 pub fn load(place: Place, address: SocketAddr, seconds: u64, resume: bool) -> Result<Summary> {
     let (start, length) = (Instant::now(), Duration::from_secs(seconds));
     let client = || -> Result<(Vec<Sample>, u64)> {
@@ -60,7 +61,7 @@ pub fn load(place: Place, address: SocketAddr, seconds: u64, resume: bool) -> Re
 
 fn exchange(address: SocketAddr, manner: &mut Manner, resume: bool) -> Result<()> {
     let mut link = manner.open(address)?;
-    // A ticket may be used once.
+    // A ticket may be used only once.
     manner.session = None;
     let request = format!("GET /small HTTP/1.1\r\nHost: {NAME}\r\nConnection: close\r\n\r\n");
     link.write_all(request.as_bytes())?;

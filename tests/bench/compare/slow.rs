@@ -1,4 +1,4 @@
-//! The slow clients: many connections in one thread, which reads from each by the clock, or from none.
+//! The slow clients: many connections in one thread, which reads from each at a fixed rate, or not at all.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,32 +12,32 @@ use socket2::{Domain, Socket, Type};
 
 use crate::machine::Place;
 
-/// What an uploader says that it will send, and what it has sent when it pauses.
+/// The announced size of an upload, and the number of bytes sent before the pause.
 const UPLOAD_BYTES: usize = 1 << 20;
 const SENT_BYTES: usize = 16 << 10;
 
-/// A reader's receive buffer, set before it connects so that the window offered is small from the start. The kernel
-/// doubles it for its own bookkeeping.
+/// A reader's receive buffer, set before it connects so that the initial window is small. The kernel doubles it for its
+/// own bookkeeping.
 const RECEIVE_BUFFER_BYTES: usize = 16 << 10;
 
-/// A reader reads so much at a time, so many times a second: 20 KiB/s.
+/// The size of a read, and the number of reads per second: 20 KiB/s.
 const PIECE_BYTES: usize = 5 << 10;
 const PIECES_PER_SECOND: u32 = 4;
 
-/// Readers take turns within the time of a piece, in so many groups.
+/// Readers take turns within the interval of a read, in this number of groups.
 const GROUPS: u32 = 25;
 
-/// How long a connect or the sending of a request may take.
+/// Maximum time of a connect or of sending a request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The longest that readers read.
+/// Maximum duration of reading.
 const LONGEST: Duration = Duration::from_secs(120);
 
 /// Clients that have sent the beginning of an upload and hold their connections open.
 pub struct Uploaders(Vec<TcpStream>);
 
 impl Uploaders {
-    /// So many, one after the other, as fast as they are taken.
+    /// Opens `count` connections, one after the other, as fast as they are accepted.
     pub fn arrive(place: Place, count: usize, address: SocketAddr) -> Result<Uploaders> {
         let head = format!("POST /upload HTTP/1.1\r\nHost: {address}\r\nContent-Length: {UPLOAD_BYTES}\r\n\r\n");
         let begun = [head.into_bytes(), vec![b'x'; SENT_BYTES]].concat();
@@ -56,7 +56,8 @@ impl Uploaders {
         Ok(Uploaders(streams.map_err(|_| anyhow!("the uploaders panicked"))??))
     }
 
-    /// How many were answered or cut off before they went on: figures of a proxy that does so say little.
+    /// The number of clients that got a response or were cut off before they continued. It must be small for meaningful
+    /// figures.
     pub fn lost(&self) -> usize {
         let waits =
             |stream: &TcpStream| matches!(stream.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock);
@@ -70,21 +71,21 @@ pub struct Readers {
     thread: JoinHandle<Result<Tally>>,
 }
 
-/// What became of the readers.
+/// The results of the readers.
 #[derive(Debug, Default)]
 pub struct Tally {
-    /// Until the last of them had asked.
+    /// Time until the last reader has sent its request.
     pub arrived_within: Duration,
-    /// Bytes that they read, all together.
+    /// Bytes that all readers have read.
     pub bytes: u64,
-    /// How long they read.
+    /// Duration of reading.
     pub time: Duration,
-    /// Those that were refused or cut off.
+    /// Number of readers that were refused or cut off.
     pub lost: usize,
 }
 
 impl Readers {
-    /// So many arrive at once and begin to read.
+    /// Opens `count` connections at once, and starts to read.
     pub fn arrive(place: Place, count: usize, address: SocketAddr) -> Result<Readers> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -95,7 +96,7 @@ impl Readers {
         Ok(Readers { stop, thread })
     }
 
-    /// All of them leave.
+    /// Closes all connections.
     pub fn finish(self) -> Result<Tally> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("the slow readers panicked"))?
@@ -139,7 +140,7 @@ impl Reader {
         Ok(Reader { stream, answered: false, lost: false })
     }
 
-    /// Reads a piece of what is there, and says how much it was.
+    /// Reads an available piece; returns its size.
     fn read(&mut self, buffer: &mut [u8]) -> usize {
         if self.lost {
             return 0;
@@ -150,7 +151,7 @@ impl Reader {
                 read
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
-            // Nobody gets to the end of 4 MiB in the time of a sample.
+            // No reader reaches the end of 4 MiB within a sample.
             _ => {
                 self.lost = true;
                 0

@@ -1,22 +1,22 @@
-//! What wrk prints after a run, as figures. Pure: `measure` runs wrk and hands its output here.
+//! Parses the output of wrk. Pure; `measure` runs wrk and passes its output.
 
 /// One run of `wrk --latency`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
-    /// Answers that were received, whatever their status.
+    /// Received responses, with any status.
     pub requests: u64,
-    /// How long the run took, in seconds.
+    /// Duration of the run in seconds.
     pub seconds: f64,
-    /// Latency that half of the requests stayed below, in milliseconds.
+    /// Median latency in milliseconds.
     pub p50_ms: f64,
-    /// Latency that 99 % of the requests stayed below, in milliseconds.
+    /// 99th percentile of the latency in milliseconds.
     pub p99_ms: f64,
-    /// Socket errors, timeouts, and answers with a status of 400 or above.
+    /// Socket errors, timeouts, and responses with a status of 400 or above.
     pub failed: u64,
 }
 
 impl Summary {
-    /// Reads the whole output of a run; the error names what is missing from it.
+    /// Parses the complete output of a run. The error names the missing part.
     pub fn parse(output: &str) -> Result<Summary, String> {
         let find = |what: &str, value: Option<f64>| value.ok_or_else(|| format!("wrk printed no {what}:\n{output}"));
         let (requests, seconds) = output
@@ -42,19 +42,19 @@ fn percentile(output: &str, label: &str) -> Option<f64> {
     })
 }
 
-/// The line `Socket errors: connect 0, read 3, write 0, timeout 0`, summed up; wrk leaves it out if all are 0.
+/// Sums the line `Socket errors: connect 0, read 3, write 0, timeout 0`; wrk omits it if all are 0.
 fn socket_errors(output: &str) -> u64 {
     let Some(errors) = output.lines().find_map(|line| line.trim().strip_prefix("Socket errors:")) else { return 0 };
     errors.split(',').filter_map(|error| error.split_whitespace().last()?.parse::<u64>().ok()).sum()
 }
 
-/// The line `Non-2xx or 3xx responses: 5`; wrk leaves it out at 0.
+/// Parses the line `Non-2xx or 3xx responses: 5`; wrk omits it at 0.
 fn refused(output: &str) -> u64 {
     let line = output.lines().find_map(|line| line.trim().strip_prefix("Non-2xx or 3xx responses:"));
     line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
 }
 
-/// `812.00us`, `2.05ms`, `3.00s`, `1.20m`, `1.00h` in seconds.
+/// Parses `812.00us`, `2.05ms`, `3.00s`, `1.20m` or `1.00h` into seconds.
 fn seconds_of(text: &str) -> Option<f64> {
     let unit = text.find(|c: char| c.is_ascii_alphabetic())?;
     let (number, unit) = text.split_at(unit);
