@@ -1,4 +1,4 @@
-//! Connections: how many there may be, how long they may idle, and how many requests each may carry.
+//! Client connections: limits on their number, their idle time, and their number of requests.
 
 use std::net::{SocketAddr, TcpListener};
 

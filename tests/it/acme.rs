@@ -1,4 +1,4 @@
-//! Certificates that Forebay gets by itself, from a real authority that really looks: Debian's `pebble`.
+//! Certificates that Forebay requests itself, from a real authority that validates them: Debian's `pebble`.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
@@ -13,7 +13,7 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, Gateway, Setup, eventually};
 
-/// A gateway with these certificates, which asks this authority for some of them, and a listener in clear text.
+/// A gateway that requests some of these certificates from this authority, and has a clear-text listener.
 fn asking(pebble: &Pebble, certificates: &str, keys: &str) -> Setup {
     asking_at(&pebble.directory(), pebble, certificates, keys)
 }
@@ -33,12 +33,12 @@ fn asking_at(directory: &str, pebble: &Pebble, certificates: &str, keys: &str) -
 
 const HTTP_01: &str = ", challenge: http_01";
 
-/// Lets the authority through to this gateway.
+/// Makes the authority validate names at this gateway.
 fn reachable(pebble: &Pebble, gateway: &Gateway) {
     pebble.validates(gateway.address("plain"), gateway.web());
 }
 
-/// The number of the certificate that clients get for this name, once they get one that they trust.
+/// The serial number of the certificate that clients receive for this name, once they receive one that they trust.
 fn issued(pebble: &Pebble, web: SocketAddr, name: &str) -> String {
     eventually(&format!("a certificate for {name}"), || served(pebble, web, name).ok())
 }
@@ -57,11 +57,10 @@ fn failures(gateway: &impl Watched, name: &str) -> f64 {
     gateway.metric(&format!("forebay_acme_failures{{issuer=\"ours\",name=\"{name}\"}}"))
 }
 
-/// Puts a certificate into the store that another authority has issued, and whose renewal is due; returns that
-/// authority.
+/// Puts a certificate of another authority into the store, whose renewal is due. Returns that authority.
 fn seed(store: &Path, name: &str) -> Authority {
     let authority = Authority::new();
-    // Its third third has begun, and it outlives these tests.
+    // The last third of its lifetime has begun, and it remains valid during the tests.
     let this_year = 1970 + i32::try_from(forebay::client::tls::now() / 31_556_952).expect("a year");
     let pem = authority.issue_for_years(name, [this_year - 9, this_year + 2]);
     fs::create_dir_all(store.join("ours")).expect("a directory");
@@ -76,7 +75,7 @@ fn a_first_certificate_is_proved_by_requests_and_others_are_served_until_then() 
     let file = pair(&own.issue(&["file.test"]));
     let setup = asking(&pebble, &format!("{{ acme: ours, names: [A.test] }}, {{ {file} }}"), HTTP_01);
     let gateway = setup.start();
-    // The authority cannot look yet.
+    // The authority cannot validate yet.
     let early = Tls::trusting(gateway.web(), &pebble.root(), "a.test").connect().err().expect("no certificate yet");
     assert!(early.contains("INTERNAL_ERROR"), "{early}");
     gateway.wait_metric("forebay_refusals_total{reason=\"handshake.awaited\"}", |count| count == 1.0);
@@ -90,7 +89,7 @@ fn a_first_certificate_is_proved_by_requests_and_others_are_served_until_then() 
     let now = forebay::client::tls::now() as f64;
     assert!(gateway.metric("forebay_acme_due_timestamp_seconds{issuer=\"ours\",name=\"a.test\"}") > now);
 
-    // A token that no order waits for is redirected like any other path.
+    // A token without an order is redirected like any other path.
     let got = Client::connect(gateway.address("plain")).get("/.well-known/acme-challenge/other");
     assert_eq!(got.status, 308);
 }
@@ -107,7 +106,7 @@ fn a_certificate_with_several_names_is_proved_by_handshakes() {
     assert!(gateway.metric("forebay_acme_challenges_total{challenge=\"tls_alpn_01\"}") >= 3.0);
     assert_eq!(orders(&gateway, "issued"), 1.0);
 
-    // No order waits any more.
+    // No order is pending any more.
     let late = Tls::trusting(gateway.web(), &pebble.root(), "a.test").alpn(b"\x0aacme-tls/1").connect().err();
     assert!(late.expect("an alert").contains("NO_APPLICATION_PROTOCOL"));
 }
@@ -116,7 +115,7 @@ fn a_certificate_with_several_names_is_proved_by_handshakes() {
 fn a_challenge_is_answered_with_the_certificate_that_the_standard_asks_for_and_nothing_follows() {
     let pebble = Pebble::knowing(&["a.test"]);
     let gateway = asking(&pebble, "{ acme: ours, names: [a.test] }", "").start();
-    // While the authority is held up at its gate, anybody may ask.
+    // While the authority waits at its gate, any client may request the challenge certificate.
     let mut asked = eventually("the challenge to be waited for", || {
         let client = Tls::trusting(gateway.web(), &pebble.root(), "a.test").unverified().alpn(b"\x0aacme-tls/1");
         client.connect().ok()
@@ -132,8 +131,7 @@ fn a_challenge_is_answered_with_the_certificate_that_the_standard_asks_for_and_n
     issued(&pebble, gateway.web(), "a.test");
 }
 
-/// Gets a certificate, and ends in an orderly way once all is kept. What a gateway leaves behind is another process's
-/// to find.
+/// Obtains a certificate, and stops gracefully once everything is stored, so that another process finds it there.
 fn once(pebble: &Pebble, setup: &Setup) -> String {
     let mut gateway = setup.spawn();
     pebble.validates(gateway.web(), gateway.web());
@@ -239,7 +237,7 @@ fn what_the_issuer_says_is_wrong_is_told_to_the_operator() {
     let pebble = Pebble::with(&["a.test"], &Rules { blocked: &["blocked.test"], binding: None });
     let setup = asking(&pebble, "{ acme: ours, names: [a.test] }, { acme: ours, names: [blocked.test] }", HTTP_01);
     let gateway = setup.spawn();
-    // The listener that the authority is let through to does not know the token.
+    // The authority validates at a listener that does not know the token.
     let stranger = Setup::found("endpoints: [ { address: \"127.0.0.1:1\" } ]")
         .routes("{ name: all, filters: [ { respond: { status: 404 } } ], upstream: app }")
         .start();
@@ -254,7 +252,7 @@ fn what_the_issuer_says_is_wrong_is_told_to_the_operator() {
     assert!(listed.contains("(unauthorized)") && listed.contains("(rejectedIdentifier)"), "{listed}");
 }
 
-/// What `forebay certs` lists.
+/// The output of `forebay certs`.
 fn certs(setup: &Setup) -> String {
     let program =
         Command::new(env!("CARGO_BIN_EXE_forebay")).args(["certs", "-c"]).arg(setup.path("forebay.yaml")).output();
@@ -284,7 +282,7 @@ fn of_two_gateways_with_one_store_one_orders_both_answer_and_the_other_takes_ove
         (first.metric("forebay_acme_active{issuer=\"ours\"}") == 1.0).then_some(())
     });
     let second = setup.start();
-    // The authority comes to the one that does not order.
+    // The authority validates at the gateway that does not order.
     reachable(&pebble, &second);
     let serial = issued(&pebble, first.web(), "a.test");
     assert_eq!(issued(&pebble, second.web(), "a.test"), serial);
@@ -333,7 +331,7 @@ fn an_address_of_mail_that_has_changed_is_told_to_the_issuer() {
     let again = setup.spawn();
     pebble.validates(again.web(), again.web());
     again.wait_metric("forebay_acme_orders_total{issuer=\"ours\",outcome=\"issued\"}", |issued| issued == 1.0);
-    // It is written only after the issuer has taken it.
+    // The file is written only after the issuer has accepted the account.
     assert_eq!(fs::read_to_string(&account).expect("an account"), kept);
 }
 
@@ -361,7 +359,7 @@ fn an_issuer_whose_terms_are_not_agreed_to_makes_no_account() {
 #[test]
 fn an_issuer_that_says_nothing_is_given_up_and_told_of() {
     let pebble = Pebble::knowing(&["a.test"]);
-    // It accepts connections, in the kernel, and never looks at them.
+    // The kernel accepts its connections, and no program reads from them.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
     let directory = format!("https://{}/dir", silent.local_addr().expect("its address"));
     let keys = ", timeouts: { request: 300ms, order: 1m }";
@@ -408,7 +406,7 @@ fn an_issuer_that_says_when_to_renew_is_heeded() {
     let gateway = asking(&pebble, "{ acme: ours, names: [a.test] }", "").start();
     reachable(&pebble, &gateway);
     gateway.wait_metric("forebay_acme_orders_total{issuer=\"ours\",outcome=\"issued\"}", |issued| issued == 2.0);
-    // It lives for years: two thirds of that are not over in a hundred days.
+    // The certificate is valid for years: two thirds of its lifetime are longer than a hundred days.
     let now = forebay::client::tls::now() as f64;
     gateway.wait_metric("forebay_acme_due_timestamp_seconds{issuer=\"ours\",name=\"a.test\"}", |due| {
         (99.0..102.0).contains(&((due - now) / 86_400.0))
@@ -432,7 +430,7 @@ fn a_name_that_is_added_is_ordered_and_the_others_are_served_meanwhile() {
     assert_eq!(served(&pebble, gateway.web(), "a.test").expect("it is in the certificate"), serial);
 }
 
-/// What `forebay check` says of a listener with this certificate and of these issuers.
+/// The output of `forebay check` for a listener with this certificate, and these issuers.
 fn checked(certificate: &str, acme: &str) -> String {
     let text = format!(
         "listeners:\n- name: web\n  address: 127.0.0.1:0\n  tls:\n    certificates:\n    - {certificate}\n\

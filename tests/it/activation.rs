@@ -1,4 +1,4 @@
-//! Sockets that a service manager opens (`LISTEN_FDS`), by launchers that share no code with ours.
+//! Sockets that a service manager opens (`LISTEN_FDS`), with launchers that share no code with Forebay.
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -8,7 +8,7 @@ use std::{fs, thread};
 use crate::harness::client::{Client, get};
 use crate::harness::{Origin, Process, Setup, eventually, free_port};
 
-/// Opens sockets, each a path or a port on loopback, names them, and becomes the program behind them.
+/// A launcher: opens sockets (each a path or a loopback port), names them, and executes the program that follows.
 const LAUNCHER: &str = r#"
 import os, socket, sys
 separator = sys.argv.index("--")
@@ -43,7 +43,7 @@ os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(high)), LISTEN
 os.execv(sys.argv[separator + 1], sys.argv[separator + 1:])
 "#;
 
-/// Started with these sockets: `name=port`, `name=any:port` or `name=/path`.
+/// A setup that is started with these sockets: `name=port`, `name=any:port` or `name=/path`.
 pub fn activated(setup: &Setup, sockets: &[String]) -> Setup {
     let words: Vec<&str> = ["python3", "-c", LAUNCHER].into_iter().chain(sockets.iter().map(String::as_str)).collect();
     setup.clone().launched_by(&[&words[..], &["--"]].concat())
@@ -100,7 +100,7 @@ fn a_listener_that_goes_and_comes_back_finds_its_socket_again() {
     assert_eq!(get(at(port), "/").text(), "origin");
     setup.write();
     assert_eq!(reload(&process), 200);
-    // The manager's socket listens on: a client waits until the listener is there again.
+    // The manager's socket stays open: a client waits until the listener exists again.
     let waiting = TcpStream::connect(at(port)).expect("a connection that waits");
     with_more.write();
     assert_eq!(reload(&process), 200);
@@ -143,7 +143,7 @@ fn systemd_starts_it_with_the_first_connection() {
     let setup = listening_at(&origin, &format!("127.0.0.1:{port}"));
     let address = at(port).to_string();
     let activated = setup.launched_by(&["systemd-socket-activate", "-l", &address]);
-    // The connection that starts it is the first that it serves.
+    // The connection that triggers the start is the first one to be served.
     let first = thread::spawn(move || {
         eventually("systemd to listen", || TcpStream::connect(at(port)).ok());
         get(at(port), "/")

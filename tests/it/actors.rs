@@ -1,4 +1,4 @@
-//! The actors against each other, without a gateway: a story can trust what they say.
+//! Tests of the actors against each other, without a gateway, so that stories can rely on their results.
 
 use crate::harness::client::{chunked, get, request};
 use crate::harness::metrics::{Prometheus, Scrape, promtool};

@@ -1,4 +1,4 @@
-//! The admin endpoint beyond loopback: a token, TLS, and commands that know both.
+//! The admin endpoint beyond loopback: a token, TLS, and commands that use both.
 
 use std::fs;
 use std::process::Command;
@@ -56,7 +56,7 @@ fn it_speaks_tls_and_commands_reach_it() {
     };
     let (ready, said) = run(&["healthcheck"]);
     assert!(ready, "{said}");
-    // Another certificate than that of the file is not trusted, whoever has signed it.
+    // Only the certificate in the file is trusted, not another one from the same authority.
     crate::harness::tls::replace(&identity, &authority.issue(&["admin.test"]));
     let other = setup.path("other.pem");
     fs::copy(&authority.issue(&["admin.test"]).certificate, &other).expect("a copy");
@@ -86,7 +86,7 @@ fn connections_that_say_nothing_leave_room_for_those_that_ask() {
     let gateway = Setup::before(&origin).admin("connections: 8").start();
     let mut crowd: Vec<_> = (0..CROWD).map(|_| Client::connect(gateway.admin())).collect();
     assert_eq!(get(gateway.admin(), "/metrics").status, 200);
-    // Those that have waited longest made room.
+    // The longest idle connections were closed for new ones.
     crowd[0].closed();
     assert!(gateway.metric("forebay_admin_connections") <= 8.0);
     assert!(gateway.metric("forebay_admin_connections_closed_total") >= (CROWD - 8) as f64);

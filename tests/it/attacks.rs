@@ -24,7 +24,7 @@ const ATTACKERS: u8 = 4;
 const ASKED: usize = 20;
 /// Limit for each of its responses.
 const IN_TIME: Duration = Duration::from_secs(10);
-/// What the process may be larger after an attack than before, in bytes: the allocator keeps some of what it had.
+/// Limit on the growth of the process by an attack, in bytes: the allocator keeps some of the freed memory.
 const KEPT_BYTES: f64 = 96.0 * 1024.0 * 1024.0;
 
 fn attacker(number: u8) -> Ipv4Addr {
@@ -76,14 +76,14 @@ fn cleartext(keys: &str) -> (Origin, Process) {
     (origin, process)
 }
 
-/// Attacks over HTTP/2 with what `flood` makes for each connection, until it is cut off.
+/// Runs attacks over HTTP/2 with the frames of `flood` on each connection, until it is cut off.
 fn flooded(reason: &str, keys: &str, flood: impl Fn(&mut Frames) + Sync) {
     let (_origin, process) = cleartext(keys);
     let web = process.web();
     let attack = |number| {
         let mut client = Frames::from(attacker(number), web);
         flood(&mut client);
-        // Both an orderly end and a reset end the connection.
+        // A connection may end gracefully or with a reset.
         while client.next().is_some() {}
     };
     let client = H2Client::from(Ipv4Addr::new(127, 7, 7, 7), web);
@@ -93,7 +93,7 @@ fn flooded(reason: &str, keys: &str, flood: impl Fn(&mut Frames) + Sync) {
     });
 }
 
-/// Sends these again and again until the gateway has had enough.
+/// Sends these frames repeatedly until the gateway closes the connection.
 fn again_and_again(client: &mut Frames, frames: &[Frame]) {
     for _ in 0..2_000 {
         if !client.try_send_all(frames) {
@@ -322,7 +322,7 @@ fn a_flood_of_handshakes() {
     let (authority, process) = secure("limits: { handshake_rate_per_ip: 5/s }");
     let web = process.web();
     let attack = |number| {
-        // Whether it is let in or not.
+        // Both results are possible.
         let _ = Tls::to(web, &authority, "a.test").from(attacker(number)).connect();
     };
     let client = Tls::to(web, &authority, "a.test").from(Ipv4Addr::new(127, 7, 7, 7));

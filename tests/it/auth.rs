@@ -20,14 +20,14 @@ fn basic(user: &str, password: &str) -> String {
     format!("Authorization: Basic {}\r\n", STANDARD.encode(format!("{user}:{password}")))
 }
 
-/// A file of this gateway, and how a filter names it.
+/// Writes a file of this gateway, and returns its name for a filter.
 fn file(setup: &Setup, name: &str, text: &str) -> String {
     let path = setup.path(name);
     std::fs::write(&path, text).expect("a file");
     format!("{{ path: \"{}\", refresh: 1h }}", path.display())
 }
 
-/// Writes beside a file, and moves that in its place.
+/// Replaces a file atomically.
 fn replace(path: &Path, text: &str) {
     let beside = path.with_extension("new");
     std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path)).expect("a file");
@@ -109,7 +109,7 @@ fn beside(gateway: &Gateway, time: Duration) -> Vec<Duration> {
         let answer = client.get("/open");
         took.push(asked.elapsed());
         assert_eq!(answer.status, 200);
-        // A connection takes a limited number of requests.
+        // A connection has a limited number of requests.
         if answer.value("connection") == Some("close") {
             client = gateway.client();
         }
@@ -118,13 +118,13 @@ fn beside(gateway: &Gateway, time: Duration) -> Vec<Duration> {
     took
 }
 
-/// The scheduling policy (sched(7)) and the nice value of each thread of this name. Gateways run in this process.
+/// The scheduling policy (sched(7)) and the nice value of each thread with this name. Gateways run in this process.
 fn ranks(name: &str) -> Vec<(i64, i64)> {
     let tasks = std::fs::read_dir("/proc/self/task").expect("the threads");
     let rank = |task: std::fs::DirEntry| {
         let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
         let (before, after) = stat.rsplit_once(") ")?;
-        // proc_pid_stat(5): what follows the name begins with field 3.
+        // proc_pid_stat(5): the text after the name begins with field 3.
         let field = |number: usize| after.split_whitespace().nth(number - 3)?.parse().ok();
         before.ends_with(&format!("({name}")).then_some((field(41)?, field(19)?))
     };
@@ -150,8 +150,8 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
     assert_eq!(gateway.client().ask("GET", "/", &right, "").status, 200);
 
     let web = gateway.web();
-    // Each attacker sends by the clock, whatever becomes of those before: a wrong one that waits holds up no other. Each
-    // password is another one, so that each is hashed or turned away.
+    // Each attacker sends at a fixed rate, independent of earlier responses: a waiting wrong password delays no other.
+    // Each password is different, so that each is hashed or refused.
     let attack = move |round: u32, attacker: u32| {
         let (begun, pause) = (Instant::now(), Duration::from_secs(1) * ATTACKERS / EACH_SECOND);
         let mut asked = Vec::new();
@@ -164,14 +164,14 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
         }
         asked.into_iter().map(|mut client| client.response().status).collect::<Vec<_>>()
     };
-    // In turn, so that whatever else runs on this machine has its part in both.
+    // Alternates, so that other load on this machine affects both.
     let (mut alone, mut during, mut statuses, mut hashers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..ROUNDS {
         alone.push(beside(&gateway, TIME));
         let attackers: Vec<_> = (0..ATTACKERS).map(|attacker| thread::spawn(move || attack(round, attacker))).collect();
         during.push(beside(&gateway, TIME));
-        // Why others are as they are: who hashes takes the CPU time that nothing else wants; where there is none,
-        // another one stands in, with a smaller share than a worker.
+        // The reason for the isolation: a hashing thread only uses CPU time that no other thread needs. If no CPU time
+        // is left, another thread helps, with a smaller share than a worker.
         hashers.extend(eventually("threads that give way", || {
             let ranks = ranks("password");
             ranks.iter().all(|(policy, nice)| *policy == SCHED_IDLE || *nice > 0).then_some(ranks)
@@ -190,8 +190,9 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
     for part in [50, 99] {
         let (alone, during) = (middle(&alone, part), middle(&during, part));
         println!("p{part}: alone {alone:?}, beside the attack {during:?}");
-        // Both ends, the attackers and whatever else runs share the cores, so that this is generous. A worker that
-        // hashed would be away for five milliseconds at a time, half of the time, and is seen in the median and below.
+        // The limit is generous, since both ends, the attackers and other programs share the cores. A worker that
+        // hashed would be blocked for five milliseconds at a time, half of the time, which the median and lower
+        // percentiles would show.
         let most = alone * 5 + Duration::from_millis(if part == 50 { 20 } else { 200 });
         assert!(during < most, "p{part}: {alone:?} to {during:?}");
     }

@@ -1,4 +1,4 @@
-//! How a policy shares requests out over real sockets: by load, by weight, by key.
+//! How policies distribute requests over real sockets: by load, by weight, by key.
 
 use std::collections::BTreeSet;
 use std::thread;
@@ -9,7 +9,7 @@ use crate::harness::{Client, Gateway, Origin, Setup, ms, ok};
 
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
-/// Four origins that return their names.
+/// Four origins that respond with their names.
 fn origins() -> [Origin; 4] {
     NAMES.map(Origin::named)
 }

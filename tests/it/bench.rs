@@ -1,5 +1,5 @@
-//! The parts of `make bench` that can be wrong unseen: the pure ones, and the origins that count and that get into
-//! trouble. They are tested here because a bench without a harness is compiled without its tests.
+//! Tests of those parts of `make bench` whose errors would stay unnoticed: the pure ones, and the origins that count
+//! and that fail. They are here because a bench without a harness is compiled without its tests.
 
 #[path = "../bench/compare/bulk.rs"]
 mod bulk;
@@ -167,7 +167,7 @@ mod of_latency {
         Duration::from_millis(count)
     }
 
-    /// A request each millisecond, answered at once but for those of a stall, which are answered at its end.
+    /// One request per millisecond. Responses take a millisecond, except during a stall: those are sent at its end.
     fn with_a_stall(from: u64, to: u64) -> Vec<Sample> {
         let latency = |due| if (from..to).contains(&due) { milliseconds(to - due) } else { milliseconds(1) };
         (0..1_000).map(|due| Sample { due: milliseconds(due), latency: latency(due) }).collect()
@@ -263,7 +263,7 @@ mod of_the_bulk_origin {
 
     fn wait_for(address: SocketAddr, expected: Counts) {
         let mut stream = TcpStream::connect(address).unwrap();
-        // A connection that has not asked for anything yet counts as one: the first counts are not waited for.
+        // A connection without a request counts as one, so the first result is discarded.
         counts(&mut stream);
         while counts(&mut stream) != expected {
             thread::yield_now();
@@ -274,7 +274,7 @@ mod of_the_bulk_origin {
     fn an_answer_that_is_not_read_keeps_a_backend_busy_until_it_is() {
         let address = origin();
         let mut stream = TcpStream::connect(address).unwrap();
-        // So small that the kernel cannot take the answer in for a client that does not read.
+        // So small that the kernel cannot buffer the response for a client that does not read.
         socket2::SockRef::from(&stream).set_recv_buffer_size(16 << 10).unwrap();
         stream.write_all(b"GET /4m HTTP/1.1\r\n\r\n").unwrap();
         wait_for(address, Counts { connections: 1, begun: 1, busy: 1 });

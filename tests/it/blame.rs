@@ -171,7 +171,7 @@ fn an_endpoint_that_answers_without_taking_all_of_a_request_is_heard_to_the_end(
     let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").upstream(STRICT).route(STREAM);
     let gateway = setup.upstream("timeouts: { send: 1s }").start();
     let mut client = Client::slow(gateway.web());
-    // More than fits the window of a stream, of which this endpoint takes nothing.
+    // More than the window of a stream; this endpoint reads none of it.
     client.send(request("POST", "/large", "", vec![b'x'; 100_000]));
     client.bytes(100);
     client.dawdle(ms(1_500));
@@ -247,7 +247,7 @@ fn a_probe_that_dawdles_does_not_keep_all_others_out() {
 
 #[test]
 fn an_upload_that_is_given_up_does_not_make_its_endpoint_slow() {
-    // One is so much slower that a late response of the other does not make it the better choice.
+    // One is so much slower that even a late response of the other does not make it the better choice.
     let endpoint = |pause| {
         Origin::answering(move |_| {
             std::thread::sleep(pause);
@@ -258,7 +258,7 @@ fn an_upload_that_is_given_up_does_not_make_its_endpoint_slow() {
     let setup = Setup::before_all(&origins.each_ref().map(Origin::address)).route(STREAM);
     let gateway = setup.upstream("load_balancing: { policy: peak_ewma }").start();
     let mut client = gateway.client();
-    // Both are known.
+    // Waits until both have a latency.
     while origins.iter().any(|origin| origin.answered() == 0) {
         client.get("/");
     }

@@ -135,7 +135,7 @@ fn a_bomb_is_refused_with_its_reason_in_both_directions() {
             assert_eq!(gateway.client().ask("POST", "/", &fields, &bomb).status, 413, "{coding}");
             refused(&gateway, of_request);
             let answer = get(&gateway, "");
-            // The header may have left before the bomb came.
+            // The header may have been sent before the bomb was received.
             assert!(answer.status == 502 || answer.end != End::Complete, "{coding}: {}", answer.status);
             assert!(answer.body.len() <= 1 << 21, "{}", answer.body.len());
             refused(&gateway, of_answer);
@@ -318,7 +318,7 @@ fn a_copy_for_a_mirror_is_what_filters_have_made_of_the_body() {
     let fields = "Content-Type: text/plain\r\nContent-Encoding: gzip\r\n";
     assert_eq!(gateway.client().ask("POST", "/", fields, gzip("a cat")).status, 200);
     for origin in [&origin, &mirror] {
-        // The copy is sent after the original.
+        // The mirrored copy is sent after the original.
         let came = eventually("the request", || origin.requests().pop());
         assert_eq!((&came.body[..], came.value("content-encoding")), (&b"bb cbbt"[..], None));
     }
@@ -387,14 +387,14 @@ fn more_bodies_than_may_be_under_way_are_refused_for_now() {
         refuses(&|| get(&gateway, ""));
         refused(&gateway, of_answer);
         counted(&gateway, family, &[("direction=\"request\",outcome=\"busy\"", 1.0)]);
-        // The message of the first refusal is a body as well, and may have found no place.
+        // The message of the first refusal is a body as well, and may have been refused itself.
         gateway.wait_metric(&format!("{family}{{direction=\"response\",outcome=\"busy\"}}"), |count| count >= 1.0);
     }
 }
 
 #[test]
 fn a_body_that_takes_too_long_to_be_changed_is_refused_in_both_directions() {
-    // From each `a` the pattern looks for a `b` to the end of the body.
+    // From each `a`, the pattern searches for a `b` up to the end of the body.
     let body = "a".repeat(1 << 20);
     let origin = telling("Content-Type: text/plain\r\n", &body);
     let changes = "{ max_size: 4MiB, replace: [ { pattern: 'a[^b]*b|a', with: a } ] }";
@@ -435,7 +435,7 @@ fn changes_of_answers_may_depend_on_the_answer() {
     for (path, expected) in [("/", "at app.internal"), ("/fails", "at a backend"), ("/coded", "at a backend")] {
         let plain = client.ask("GET", path, "", "");
         assert_eq!(plain.text(), expected, "{path}");
-        // What these filters hide from the endpoint is there again for the one outside of them.
+        // The outer filter sees the field that these filters remove from the request to the endpoint.
         let coded = client.ask("GET", path, "Accept-Encoding: gzip\r\n", "");
         assert_eq!(coded.value("content-encoding"), Some("gzip"), "{path}");
         let mut text = String::new();
@@ -523,7 +523,7 @@ fn changed_bodies_and_the_places_in_them_are_counted() {
     assert_eq!((post("[]"), post("{ no json"), post("")), (200, 400, 200));
     let outcomes = [
         ("route=\"all\",direction=\"response\",outcome=\"changed\"", 1.0),
-        // Among them the messages of the three refusals.
+        // Including the messages of the three refusals.
         ("direction=\"response\",outcome=\"unchanged\"", 4.0),
         ("direction=\"response\",outcome=\"coded\"", 1.0),
         ("direction=\"response\",outcome=\"too_large\"", 1.0),

@@ -15,7 +15,7 @@ use crate::harness::nginx::noise;
 use crate::harness::origin::{Closed, built_in, first_fails};
 use crate::harness::{Ask, Client, End, Gateway, H2Origin, Leave, Origin, Protocol, Setup, eventually, ms, ok};
 
-/// On either side of what is held in memory, and of the pieces that HTTP/2 and the disk work in.
+/// Sizes around the memory limit, and around the chunk sizes of HTTP/2 and the disk.
 const SIZES: [u64; 6] = [0, 1, 63 << 10, 64 << 10, 65 << 10, 1 << 20];
 
 const MIB: u64 = 1 << 20;
@@ -63,8 +63,8 @@ fn uploads_of_every_size_arrive_byte_for_byte_from_memory_and_from_disk() {
 #[test]
 fn the_log_says_how_much_of_an_upload_was_held_back_and_how_much_of_that_on_disk() {
     let origin = built_in();
-    // On disk is all but the first 64 KiB, and at the end what gathered during a write: 256 KiB, and the piece that
-    // made it full.
+    // All but the first 64 KiB are on disk, minus the bytes that arrived during the last write: up to 256 KiB, and the
+    // chunk that exceeded them.
     for (memory, on_disk) in [("2MiB", 0..=0), ("64KiB", MIB - ((64 + 256 + 64) << 10)..=MIB)] {
         for protocol in Protocol::BOTH {
             let gateway = before(&origin, &format!("mode: full, memory: {memory}")).start();

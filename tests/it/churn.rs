@@ -19,7 +19,7 @@ use crate::harness::{Origin, Setup, eventually};
 const ENDPOINTS: usize = 10_000;
 const CHANGES: usize = 8;
 
-/// Puts a list in place of the one that is there, in one step.
+/// Replaces a list atomically.
 fn list(path: &Path, text: &str) {
     let beside = path.with_extension("new");
     fs::write(&beside, text).and_then(|()| fs::rename(&beside, path)).expect("a file of endpoints");

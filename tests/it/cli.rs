@@ -18,7 +18,7 @@ listeners: [ { name: web, adress: 127.0.0.1:0 } ]
 routes: []
 ";
 
-/// Runs in an empty directory, with none of our variables set.
+/// A command in an empty directory, without Forebay's environment variables.
 fn forebay(directory: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
     command.args(arguments).current_dir(directory).stdin(Stdio::null());
@@ -28,7 +28,7 @@ fn forebay(directory: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// Its exit code, stdout and stderr.
+/// The exit code, stdout and stderr of a command.
 fn outcome(command: &mut Command) -> (i32, String, String) {
     let Output { status, stdout, stderr } = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -39,7 +39,7 @@ fn run(arguments: &[&str]) -> (i32, String, String) {
     outcome(&mut forebay(tempfile::tempdir().unwrap().path(), arguments))
 }
 
-/// A directory with one file in it.
+/// A directory with this file.
 fn with_file(name: &str, text: &str) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join(name), text).unwrap();
@@ -178,7 +178,7 @@ fn a_wrong_log_setting_is_told_by_its_name() {
     }
 }
 
-/// A server on a free port that gives everyone this answer; its address.
+/// Starts a server on a free port that sends this response to every request. Returns its address.
 fn server(answer: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -256,7 +256,7 @@ fn the_demo_says_which_address_is_taken_and_how_to_choose_another() {
     }
 }
 
-/// A process that is ended with its test.
+/// A process that is killed on drop.
 struct Running(Child);
 
 impl Running {
@@ -264,7 +264,7 @@ impl Running {
         Running(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap())
     }
 
-    /// What it prints, up to and with the first line that contains `word`.
+    /// Returns its output, up to the first line that contains `word`.
     fn until(&mut self, word: &str) -> String {
         let mut text = String::new();
         for line in BufReader::new(self.0.stdout.as_mut().unwrap()).lines() {
@@ -276,10 +276,10 @@ impl Running {
         panic!("no `{word}` in {text}");
     }
 
-    /// Asks it to stop as an init system does; its exit code.
+    /// Sends SIGTERM; returns the exit code.
     fn terminate(&mut self) -> Option<i32> {
         let pid = self.0.id() as libc::pid_t;
-        // SAFETY: kill takes any two numbers, and the child is not reaped yet, so the pid is its own.
+        // SAFETY: kill has no pointers. The child was not waited for, so its id is not reused.
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
         let deadline = Instant::now() + crate::harness::DEADLINE;
         while Instant::now() < deadline {

@@ -1,4 +1,4 @@
-//! Answers that are made smaller on their way to clients that can undo it.
+//! Compressed responses for clients that accept them.
 
 use std::io::Read;
 
@@ -18,7 +18,7 @@ fn plain(coding: &str, bytes: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Text that is neither all the same nor without any order.
+/// Pseudo-random words, which compress to some degree.
 fn text(bytes: usize) -> String {
     let words = ["edge", "gateway", "origin", "client", "phase", "filter", "spool"];
     let mut text = String::new();
@@ -66,7 +66,7 @@ fn a_large_answer_is_smaller_on_the_way_and_the_same_behind_it() {
 
 #[test]
 fn an_answer_over_http_2_is_whole_though_its_client_takes_it_in_windows() {
-    // Smaller than it was, and yet larger than the window of a stream.
+    // Still larger than the window of a stream when compressed.
     let body = text(3_000_000);
     let origin = Origin::answering(move |_| response("200 OK", HTML, &body));
     let setup = Setup::before(&origin).listener("protocols: [http1, h2c]");
@@ -95,7 +95,7 @@ fn a_piece_that_comes_alone_leaves_at_once() {
     let mut connection = origin.accept();
     connection.request();
     connection.send(format!("HTTP/1.1 200 OK\r\n{HTML}Transfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n"));
-    // The header, and then a chunk in which the first piece can be read: it has come before there is a second.
+    // The header, and then a chunk from which the first piece can be decoded, before the second piece is sent.
     let mut came = Vec::new();
     let mut first = [0; 5];
     while !came.windows(4).any(|four| four == b"\r\n\r\n") {

@@ -1,6 +1,6 @@
 //! Configuration files: more than 40 invalid ones with their reports, and the two valid ones in `conf/`.
 //!
-//! An invalid file is `config/wrong/<what is wrong>.yaml`; its report is in the `.snap` file beside it.
+//! An invalid file is `config/wrong/<what is wrong>.yaml`; its report is in the `.snap` file next to it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -518,7 +518,7 @@ fn every_file_names_the_schema_that_is_shipped() {
         let named = text.lines().next().and_then(|line| line.strip_prefix("# yaml-language-server: $schema="));
         let named = named.unwrap_or_else(|| panic!("{} names no schema", path.display()));
         match named.strip_prefix("/usr/share/forebay/") {
-            // Where the package puts it.
+            // The path in the package.
             Some(name) => assert_eq!(name, "forebay.schema.json", "{}", path.display()),
             None => assert!(path.with_file_name(named).is_file(), "{} names {named}", path.display()),
         }

@@ -1,4 +1,4 @@
-//! The connection to an endpoint: made, kept, or not to be had.
+//! Connections to endpoints: new, reused, and impossible ones.
 
 use forebay::phase::Phase;
 

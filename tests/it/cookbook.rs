@@ -65,7 +65,7 @@ impl Recipe {
     }
 }
 
-/// Asks for a path of a host, with further header lines.
+/// Requests a path of a host, with additional header lines.
 fn ask(gateway: &Gateway, host: &str, path: &str, fields: &str) -> Response {
     let mut client = gateway.client();
     client.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n"));
@@ -76,7 +76,7 @@ fn get(gateway: &Gateway, path: &str) -> Response {
     gateway.client().get(path)
 }
 
-/// Asks from another address of this machine.
+/// Sends a request from another address of this machine.
 fn get_from(own: [u8; 4], gateway: &Gateway, path: &str, fields: &str) -> Response {
     Client::from(own, gateway.web()).ask("GET", path, fields, "")
 }

@@ -12,7 +12,7 @@ use crate::harness::{Ask, Client, End, Gateway, H2Origin, Leave, Origin, Protoco
 
 const DEADLINE: &str = "deadline: 300ms";
 
-/// A gateway in front of these with a deadline of 300 ms; nothing else would end an exchange soon.
+/// A gateway in front of these with a deadline of 300 ms; all other time limits are long.
 fn hurried(addresses: &[impl ToString]) -> Setup {
     Setup::before_all(addresses).route(DEADLINE).listener("protocols: [http1, h2c]")
 }
@@ -85,9 +85,9 @@ fn a_backend_that_does_not_take_the_request_before_the_deadline_is_given_up() {
     over(&gateway, "send.deadline");
 }
 
-/// An endpoint of HTTP/2 that takes a connection and nothing of a body: its windows stay as small as they begin.
+/// An HTTP/2 endpoint that accepts a connection and reads no body: its windows keep their initial size.
 fn takes_nothing() -> Origin {
-    // An empty SETTINGS frame, and the acknowledgement of ours (RFC 9113 §6.5).
+    // An empty SETTINGS frame, and the acknowledgement of the gateway's (RFC 9113 §6.5).
     const SETTINGS: [u8; 18] = [0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1, 0, 0, 0, 0];
     Origin::playing(|connection| {
         let mut wire = connection.into_wire();
@@ -103,7 +103,7 @@ fn a_backend_of_http_2_that_takes_no_more_of_the_request_is_given_up_as_well() {
     let keys =
         [("deadline: 300ms", "send.deadline"), ("retry: { attempts: 1, per_try_timeout: 300ms }", "send.timeout")];
     for (mode, (rule, reason)) in ["full", "stream"].into_iter().flat_map(|mode| keys.map(|key| (mode, key))) {
-        // A stream that is not whole has no deadline yet.
+        // An incomplete stream has no deadline yet.
         if (mode, reason) == ("stream", "send.deadline") {
             continue;
         }
@@ -242,7 +242,7 @@ fn a_grpc_call_ends_when_its_own_timeout_is_over() {
     let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").listener("protocols: [h2c]");
     let gateway = setup.start();
     let call = Ask::post(100).to("/echo").grpc().field("grpc-timeout", "300m");
-    // The client never ends its side, and the origin echoes for as long as it does not.
+    // The client never ends its side, and the origin echoes until it does.
     let mut exchange = call.chunked().begin(Protocol::Http2, gateway.web());
     assert_eq!(exchange.status(), 200);
     assert_eq!(exchange.answer().end, End::Cut);

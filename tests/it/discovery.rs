@@ -198,7 +198,7 @@ fn a_server_that_cannot_be_reached_over_ipv6_costs_no_failure() {
     assert!(origin.connections() <= 2, "the way that works is kept: {}", origin.connections());
 }
 
-/// Puts a list in place of the one that is there, in one step.
+/// Replaces a list atomically.
 fn rename_to(path: &Path, text: &str) {
     let beside = path.with_extension("new");
     fs::write(&beside, text).and_then(|()| fs::rename(&beside, path)).expect("a file of endpoints");

@@ -1,5 +1,5 @@
-//! The two drivers: which exchanges use our own, that clients cannot tell the difference, and our own connection
-//! pool.
+//! The two drivers: which exchanges use Forebay's own, that clients cannot tell the difference, and Forebay's own
+//! connection pool.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::harness::gateway::Watched;
 use crate::harness::secure::{Authority, Layers, Secure};
 use crate::harness::{Client, End, H2Client, H2Origin, Origin, Process, Setup, eventually, ok};
 
-/// How many exchanges went by this driver, for this reason.
+/// Number of exchanges with this driver and reason.
 fn driven(driver: &str, reason: &str) -> String {
     format!("forebay_driver_exchanges_total{{driver=\"{driver}\",reason=\"{reason}\"}}")
 }

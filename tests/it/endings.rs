@@ -1,4 +1,4 @@
-//! The end of a connection: what was answered before it reaches the client whole, however the client takes it.
+//! The end of a connection: the client receives complete responses, however slowly it reads.
 
 use std::process::Command;
 use std::time::Instant;
@@ -9,14 +9,14 @@ use crate::harness::gateway::Watched;
 use crate::harness::nginx::noise;
 use crate::harness::{Client, End, H2Client, Origin, Setup, ms, ok};
 
-/// More than fits into the buffers between gateway and client.
+/// More than the buffers between gateway and client hold.
 const BODY_BYTES: usize = 300_000;
-/// What the kernel takes for a client that reads nothing.
+/// A size that the kernel buffers for a client that reads nothing.
 const SENT_BYTES: usize = 8_000;
-/// How much a client reads before it returns credit for it.
+/// The number of bytes that a client reads before it returns credit for them.
 const CREDIT_BYTES: usize = 4096;
 
-/// An origin with a large answer, and a gateway that speaks HTTP/2 before it.
+/// An origin with a large response, and a gateway with HTTP/2 in front of it.
 fn large() -> (Origin, Setup) {
     let answer = ok(noise(BODY_BYTES));
     let origin = Origin::answering(move |_| answer.clone());
@@ -74,7 +74,7 @@ fn an_idle_http_2_connection_gets_a_goaway_before_it_is_closed() {
     client.until(kind::DATA);
     let last = loop {
         let frame = client.until(kind::GOAWAY);
-        // The first one only announces the second (RFC 9113 §6.8).
+        // The first GOAWAY only announces the second (RFC 9113 §6.8).
         if frame.payload[..4] != [0x7f, 0xff, 0xff, 0xff] {
             break frame;
         }
@@ -127,7 +127,7 @@ fn a_request_behind_the_last_one_does_not_cost_a_client_the_end_of_its_answer() 
 
 #[test]
 fn a_request_that_crosses_a_stop_does_not_cost_a_client_the_end_of_its_answer() {
-    // It fits into the buffers of the kernel, so that the gateway is done with it.
+    // The response fits into the kernel's buffers, so that the gateway has completed it.
     let answer = ok(noise(SENT_BYTES));
     let origin = Origin::answering(move |_| answer.clone());
     let setup = Setup::before(&origin).server("threads: 1, shutdown: { pause: 0s, deadline: 60s }");

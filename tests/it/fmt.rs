@@ -1,4 +1,4 @@
-//! `forebay fmt`: the normal form of files, which says what they said.
+//! `forebay fmt`: the normal form of files, which keeps their meaning.
 
 use std::fs;
 use std::io::Write;
@@ -54,7 +54,7 @@ fn every_file_that_is_shipped_is_in_its_normal_form() {
     assert!(count > 30, "{count} files");
 }
 
-/// The text indented in another way: each line by `times` as much, in maps and lists alike.
+/// The text with another indentation: that of each line times `times`, in maps and lists alike.
 fn indented_by(text: &str, times: usize) -> String {
     let line = |line: &str| {
         let rest = line.trim_start_matches(' ');
@@ -70,7 +70,7 @@ fn what_was_indented_in_another_way_comes_back() {
         let text = fs::read_to_string(&path).expect("a file");
         let odd = indented_by(&text, 3);
         let before: Value = serde_yaml::from_str(&text).expect("YAML");
-        // A list of maps and a text in block style cannot be stretched like this.
+        // Lists of maps and block texts become invalid, or change, with this indentation.
         if serde_yaml::from_str::<Value>(&odd).ok().as_ref() != Some(&before) {
             continue;
         }

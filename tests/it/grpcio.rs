@@ -50,7 +50,7 @@ fn ask(call: &str, method: &str, messages: &[&str]) -> Value {
     json!({ "call": call, "method": format!("/test.Peer/{method}"), "messages": messages })
 }
 
-/// The same, with further keys.
+/// The call `ask` with additional keys.
 fn with(mut ask: Value, more: Value) -> Value {
     ask.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
     ask
@@ -255,7 +255,7 @@ fn bridge(server: SocketAddr) -> Setup {
     setup.listener("protocols: [http1, h2c]")
 }
 
-/// The same, in front of a C core server.
+/// A bridge in front of a C core server.
 fn bridging() -> (GrpcServer, Gateway) {
     let server = GrpcServer::start();
     let gateway = bridge(server.address()).start();

@@ -25,7 +25,7 @@ fn answering(certificates: &[String], keys: &str) -> Setup {
         .routes("{ name: all, filters: [ { respond: { body: served } } ], upstream: app }")
 }
 
-/// The same with one certificate for `a.test`.
+/// As [`answering`], with one certificate for `a.test`.
 fn simple(keys: &str) -> (Authority, Identity, Gateway) {
     let authority = Authority::new();
     let identity = authority.issue(&["a.test"]);

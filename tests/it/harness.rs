@@ -43,7 +43,9 @@ pub const DEADLINE: Duration = Duration::from_secs(45);
 
 /// Calls `probe` until it returns a value.
 ///
-/// # Panics At [`DEADLINE`], naming what was missing.
+/// # Panics
+///
+/// At [`DEADLINE`], with the name of what was missing.
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
@@ -76,10 +78,11 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("its address").port()
 }
 
-/// Starts a program that listens on a chosen port, and waits until it does; retries if another process took the
-/// port.
+/// Starts a program that listens on a chosen port, and waits until it does; retries if another process took the port.
 ///
-/// # Panics If it never listens: with its standard error, which `spawn` must pipe or send to a file.
+/// # Panics
+///
+/// If it never listens: with its standard error, which `spawn` must pipe or send to a file.
 pub fn listening(program: &str, mut spawn: impl FnMut(u16) -> Child) -> (Child, SocketAddr) {
     for _ in 0..5 {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));

@@ -210,7 +210,7 @@ fn checks_pages_compression_and_substitutions_become_filters() {
     assert!(config["upstreams"].get("auth").is_some(), "{yaml}");
 }
 
-/// nginx with one of our files.
+/// nginx with a file of the project.
 struct Nginx {
     child: Child,
     address: SocketAddr,

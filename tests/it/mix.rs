@@ -1,7 +1,8 @@
-//! Clients of every kind at once, for stories of what none of them may notice: reloads and upgrades.
+//! Clients of every kind at the same time, for stories in which no client may notice anything: reloads and upgrades.
 //!
-//! Each fails its story if a request fails, an answer is cut, or a connection is refused or ends in place of an answer.
-//! They do what real clients do: after `Connection: close` or GOAWAY the next request goes by a new connection.
+//! A client fails its story if a request fails, if a response is incomplete, or if a connection is refused or ends
+//! instead of a response. Clients behave like real ones: after `Connection: close` or GOAWAY, the next request uses a
+//! new connection.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -36,20 +37,20 @@ const KINDS: [&str; 13] = [
     "short websocket",
 ];
 
-/// What all of them ask.
+/// The servers of all clients.
 pub struct Mix {
     origin: Running,
     grpc: GrpcServer,
     authority: Authority,
 }
 
-/// How far the clients are.
+/// The progress of the clients.
 pub struct Progress {
     over: AtomicBool,
     asked: [AtomicUsize; KINDS.len()],
 }
 
-/// Says that a story is over, however it ends.
+/// Ends the clients on drop, even after a panic.
 struct Over<'a>(&'a Progress);
 
 impl Drop for Over<'_> {
@@ -59,12 +60,12 @@ impl Drop for Over<'_> {
 }
 
 impl Mix {
-    /// The servers behind the gateway.
+    /// Starts the servers.
     pub fn new() -> Mix {
         Mix { origin: built_in(), grpc: GrpcServer::start(), authority: Authority::new() }
     }
 
-    /// A gateway for them: in clear text, by TLS (listener `secure`), and on a unix socket.
+    /// A gateway in front of the servers: in clear text, with TLS (listener `secure`), and on a unix socket.
     pub fn setup(&self) -> Setup {
         let setup = Setup::before_all(&[self.origin.address().to_string()]);
         let tls = format!("tls: {{ certificates: [ {{ {} }} ] }}", pair(&self.authority.issue(&["test"])));
@@ -79,7 +80,7 @@ impl Mix {
             .server("threads: 2, shutdown: { pause: 0s, deadline: 10m }, upgrade: { idle: 20s }")
     }
 
-    /// Has all clients ask again and again while something is done.
+    /// Runs all clients in loops while `done` runs.
     pub fn ask_while(&self, setup: &Setup, web: SocketAddr, secure: SocketAddr, done: impl FnOnce(&Progress)) {
         let progress = &Progress { over: AtomicBool::new(false), asked: Default::default() };
         let (authority, unix) = (&self.authority, setup.path("web.sock"));
@@ -103,7 +104,7 @@ impl Mix {
                 progress.repeat(6, || {
                     let tls = Tls::to(secure, authority, "test").alpn(b"\x02h2");
                     let mut client = Frames::over(tls.connect().expect("a handshake"));
-                    // One request a connection: the next one might be above the last that a GOAWAY lets through.
+                    // One request per connection, since a second one might exceed the last stream of a GOAWAY.
                     client.send(&Frame::get(1));
                     let (length, whole) = client.answer(1, 1 << 20);
                     assert_eq!((length, whole), (front_page, true));
@@ -118,7 +119,7 @@ impl Mix {
                     let ask = json!({ "call": "echo", "method": "/test.Peer/Echo", "messages": words });
                     let said = client.ask(&ask);
                     assert_eq!((&said["code"], &said["replies"]), (&json!(0), &json!(words)), "{said}");
-                    // Faster, it would send more credit in a second than `http2.window_updates` allows.
+                    // Without a pause, it would exceed `http2.window_updates` per second.
                     pause();
                 });
             });
@@ -152,23 +153,23 @@ impl Progress {
         while !self.over.load(Ordering::Relaxed) {
             ask();
             self.asked[index].fetch_add(1, Ordering::Relaxed);
-            // So that the log of a story can be read in the end.
+            // Keeps the log of a story short enough to read.
             thread::park_timeout(ms(2));
         }
     }
 
-    /// How often they have asked, all together.
+    /// Number of requests of all clients.
     pub fn total(&self) -> usize {
         self.asked.iter().map(|asked| asked.load(Ordering::Relaxed)).sum()
     }
 
-    /// Waits until they have asked so often more, all together.
+    /// Waits for `count` more requests, of all clients together.
     pub fn wait_for_more(&self, count: usize) {
         let before = self.total();
         eventually("clients to go on", || (self.total() >= before + count).then_some(()));
     }
 
-    /// Waits until each kind has asked so often more.
+    /// Waits for `count` more requests of each kind of client.
     pub fn wait_for_each(&self, count: usize) {
         for (kind, asked) in KINDS.iter().zip(&self.asked) {
             let before = asked.load(Ordering::Relaxed);
@@ -179,17 +180,17 @@ impl Progress {
     }
 }
 
-/// Such clients say something now and then.
+/// Pauses between the messages of a long-lived client.
 fn pause() {
     thread::park_timeout(ms(40));
 }
 
-/// All bytes came, and none of another answer.
+/// Asserts that the response has exactly these bytes.
 fn is_content(answer: &Response, length: u64) {
     assert_eq!((answer.status, &answer.body[..]), (200, content_from(0, length)));
 }
 
-/// Sends a body by TLS in four pieces with pauses, and reads the answer, which says what arrived.
+/// Sends a body over TLS in four pieces with pauses, and reads the response, which reports what arrived.
 fn tls_slow(secure: SocketAddr, authority: &Authority) {
     let mut client = Tls::to(secure, authority, "test").connect().expect("a handshake");
     client.send("PUT /echo HTTP/1.1\r\nHost: test\r\nContent-Length: 8000\r\nConnection: close\r\n\r\n");
@@ -222,7 +223,7 @@ fn h2c(progress: &Progress, index: usize, web: SocketAddr) {
             client = H2Client::connect(web);
         }
         let answer = match client.ask(request(), b"") {
-            // It was told to go before the request left.
+            // GOAWAY arrived before the request was sent.
             Err(error) if error.is_go_away() && error.is_remote() => {
                 client = H2Client::connect(web);
                 client.ask(request(), b"")
@@ -256,7 +257,7 @@ pub fn websocket(web: SocketAddr) -> Client {
     client
 }
 
-/// Sends a text of five letters and reads it back (RFC 6455 §5).
+/// Sends a text message of five letters and reads its echo (RFC 6455 §5).
 pub fn echoed(socket: &mut Client) {
     socket.send([0x81, 0x85, 0, 0, 0, 0, b's', b't', b'i', b'l', b'l']);
     assert_eq!(socket.bytes(7), [0x81, 5, b's', b't', b'i', b'l', b'l']);

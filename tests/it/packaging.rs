@@ -281,7 +281,7 @@ fn shellcheck_accepts_every_script() {
     said(Command::new("shellcheck").args(scripts).current_dir(tree(".")));
 }
 
-/// `cargo install --path .` asks this for cmake.
+/// `cargo install --path .` runs this script in place of cmake.
 #[test]
 fn a_build_without_its_tools_names_the_packages_that_bring_them() {
     let cmake = tree("conf/packaging/cmake.sh");
@@ -301,7 +301,7 @@ fn a_build_without_its_tools_names_the_packages_that_bring_them() {
     assert!(told.contains("apt-get install"), "{told}");
 }
 
-/// What Cargo.toml says of the package.
+/// The package metadata in Cargo.toml.
 fn package() -> Json {
     let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
     let asked = cargo.args(["metadata", "--no-deps", "--offline", "--format-version=1"]).current_dir(tree("."));
@@ -361,7 +361,7 @@ fn every_file_that_the_package_brings_is_there() {
     assert!(changelog.starts_with(&format!("forebay ({}-1) ", env!("CARGO_PKG_VERSION"))), "{changelog}");
 }
 
-/// cargo-deb installs and enables each unit that it finds there.
+/// cargo-deb installs and enables each unit in this directory.
 #[test]
 fn the_package_enables_the_service_and_nothing_else() {
     let units = fs::read_dir(tree(package()["systemd-units"]["unit-scripts"].as_str().unwrap())).unwrap();

@@ -87,7 +87,7 @@ fn client_hello(name: &str) -> Vec<u8> {
 
 type Leaves = fn(Client) -> Option<Client>;
 
-/// A FIN, after which the client stays until the gateway has noticed, and a RST.
+/// The ways to leave: a FIN, after which the client keeps its socket until the gateway has noticed, and a RST.
 const LEAVES: [Leaves; 2] = [
     |mut client| {
         client.end();

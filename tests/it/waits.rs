@@ -299,7 +299,7 @@ impl Scene {
                     client.send(format!("POST {path} HTTP/1.1\r\nHost: test\r\n{chunked}\r\n\r\n3000000\r\n"));
                     match self.place {
                         Body => client.send("some"),
-                        // Little enough for the kernel to buffer it with the end behind it.
+                        // Little enough for the kernel to buffer it together with the end of the connection.
                         Memory => client.send(vec![b'x'; 48 << 10]),
                         _ => client.fill(&vec![b'x'; 256 << 10]),
                     }
@@ -373,8 +373,8 @@ impl Someone {
     }
 }
 
-/// How a client at this place can leave noticeably. The end of a connection behind more bytes than the kernel
-/// buffers arrives only when there is room for them.
+/// How a client at this place can leave noticeably. If more bytes than the kernel buffers precede the end of a
+/// connection, the end arrives only when there is room for them.
 fn leavings(place: Place) -> Vec<(Protocol, Leaving)> {
     let mut all = vec![(Protocol::Http1, Leaving::Reset), (Protocol::Http2, Leaving::Reset)];
     all.push((Protocol::Http2, Leaving::Fin));
