@@ -50,7 +50,7 @@ impl Watched {
         let before = directories.clone();
         change(&mut directories);
         if *directories != before {
-            // An error means that there is no watcher.
+            // An error means that no watcher exists.
             let _ = self.told.send(());
         }
     }

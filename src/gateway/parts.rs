@@ -146,7 +146,7 @@ impl Fit {
         }
     }
 
-    /// The same, without handshake threads.
+    /// The TLS settings, without starting handshake threads.
     pub fn unstarted(self) -> Arc<Tls> {
         match self {
             Fit::Kept(tls) => tls,

@@ -1,7 +1,7 @@
 //! `server.pid_file`: the PID of the serving process.
 //!
-//! It is first written to a file beside the target and then renamed, so that readers never see a partial number,
-//! and a process that fails to start changes nothing.
+//! It is first written to a file next to the target and then renamed, so that readers never see a partial number, and a
+//! process that fails to start changes nothing.
 
 use std::fs;
 use std::io;
@@ -16,7 +16,7 @@ pub struct PidFile {
 }
 
 impl PidFile {
-    /// Writes the PID to a file beside the target.
+    /// Writes the PID to a file next to the target.
     ///
     /// # Errors
     ///

@@ -90,7 +90,7 @@ fn look_up(name: &str) -> io::Result<Option<User>> {
     let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
     let mut found = std::ptr::null_mut();
     let number = name.parse::<libc::uid_t>();
-    // SAFETY: every pointer is to memory of the size that is said, and outlives the call.
+    // SAFETY: every pointer is to memory of the given size, and outlives the call.
     let failed = unsafe {
         match number {
             Ok(uid) => libc::getpwuid_r(uid, &raw mut entry, room.as_mut_ptr(), ROOM, &raw mut found),

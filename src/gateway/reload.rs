@@ -40,7 +40,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// The result of a reload.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
-    /// What was done.
+    /// The action.
     pub result: Done,
     /// The number of the active configuration.
     pub generation: u64,
@@ -52,7 +52,7 @@ pub struct Outcome {
     pub needs_new_process: Vec<String>,
     /// Errors or warnings, as `forebay check` shows them; empty if there are none.
     pub report: String,
-    /// Why nothing was done, if so.
+    /// The reason if nothing was done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// How long it took.
@@ -62,7 +62,7 @@ pub struct Outcome {
     pub swap_seconds: Option<f64>,
 }
 
-/// What was done.
+/// The action of a reload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Done {

@@ -65,7 +65,7 @@ impl Supervisor {
         self.say(&format!("RELOADING=1\nMONOTONIC_USEC={}\nSTATUS=loading the configuration", monotonic().as_micros()));
     }
 
-    /// Another process is the main one from now on, and this one sends nothing more.
+    /// Reports that `pid` is the main process from now on. This process sends nothing more.
     pub fn hand_over(&self, pid: u32) {
         self.say(&format!("MAINPID={pid}\nSTATUS=process {pid} takes over"));
         if let Some(channel) = &self.0 {

@@ -539,8 +539,8 @@ fn start(program: &Program, end: OwnedFd) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Waits briefly for the exit of a process that has closed its end; tells whether it has exited. The process stays a
-/// zombie, so that the kernel cannot give its number to another one.
+/// Waits briefly for the exit of a process that has closed its end. Returns whether it has exited. The process stays a
+/// zombie, so that the kernel cannot reuse its number.
 fn ends(child: &Child) -> bool {
     let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else { return false };
     let began = Instant::now();

@@ -28,7 +28,7 @@ pub struct AcmeMetrics {
     issuer: Box<str>,
 }
 
-/// The metrics of challenge answers.
+/// The metrics of responses to challenges.
 pub struct ChallengeMetrics {
     /// HTTP requests for a token.
     pub http_01: IntCounter,

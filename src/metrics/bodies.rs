@@ -9,7 +9,7 @@ super::retry::labels! {
     Decoding {
         /// Decoded.
         Decoded: "decoded",
-        /// Left as it is, since its coding is unknown and `unknown: pass` is set.
+        /// Forwarded unchanged, since its coding is unknown and `unknown: pass` is set.
         Passed: "passed",
         /// Refused, since its coding is unknown.
         Unknown: "unknown_coding",
@@ -19,7 +19,7 @@ super::retry::labels! {
         TooLarge: "too_large",
         /// Refused, since it grows more than `max_ratio`.
         TooDense: "too_dense",
-        /// Refused, since its bytes are not what its coding says.
+        /// Refused, since its bytes do not match its coding.
         Malformed: "malformed",
     }
 }

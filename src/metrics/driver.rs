@@ -18,7 +18,7 @@ impl DriverMetrics {
         }
     }
 
-    /// The counter of our own driver, or of Pingora's for this reason.
+    /// The counter of Forebay's own driver, or of Pingora's for this reason.
     pub fn driven(&self, handed_over: Option<&'static str>) -> &IntCounter {
         let of = |reason| self.handed_over.iter().find(|(known, _)| *known == reason).map(|(_, counter)| counter);
         handed_over.and_then(of).unwrap_or(&self.own)

@@ -32,7 +32,7 @@ labels! {
     Cause {
         /// No connection could be made.
         Connect: "connect_error",
-        /// A kept connection was stale.
+        /// A reused connection was stale.
         Stale: "stale",
         /// The endpoint reported on HTTP/2 that it had not processed the request (RFC 9113 §8.7).
         Unprocessed: "unprocessed",

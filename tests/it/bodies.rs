@@ -56,7 +56,7 @@ fn telling(fields: &str, body: impl AsRef<[u8]>) -> Origin {
     Origin::answering(move |_| whole.clone())
 }
 
-/// The last request that came to an origin.
+/// The last request that an origin received.
 fn last(origin: &Origin) -> Request {
     origin.requests().pop().expect("a request")
 }

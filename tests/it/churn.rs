@@ -69,7 +69,7 @@ fn what_an_endpoint_has_is_remembered_when_the_list_changes_and_forgotten_when_i
 fn everywhere() -> Origin {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     let (level, option, device) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"lo\0");
-    // SAFETY: the name outlives the call, which is told its length; the descriptor is open.
+    // SAFETY: the name has the given length and outlives the call; the descriptor is open.
     let bound =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, device.as_ptr().cast(), device.len() as _) };
     assert_eq!(bound, 0, "to stay on the loopback");

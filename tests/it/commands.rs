@@ -70,7 +70,7 @@ fn a_dump_is_a_configuration_without_secrets() {
     let first = dump(&setup.path("forebay.yaml"));
     assert!(first.contains("token: <redacted>") && !first.contains("sesame"), "{first}");
     assert!(first.contains("keepalive_pool:"), "defaults are shown, too:\n{first}");
-    // With its secret it means the same again.
+    // With its secret, the output is a configuration with the same meaning.
     let again = setup.path("again.yaml");
     fs::write(&again, first.replace("<redacted>", "open-sesame-0123456789abcdef")).expect("a file");
     assert_eq!(dump(&again), first);

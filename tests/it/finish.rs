@@ -14,7 +14,7 @@ fn adds_up(line: &LogLine) {
     assert!((sum - total).abs() <= 0.02, "the phases add up to {sum} ms of {total} ms: {line:?}");
 }
 
-/// The same for the metrics, within floating-point error.
+/// Asserts that the phases in the metrics add up, within floating-point error.
 fn metrics_add_up(gateway: &Gateway, route: &str, count: f64) {
     gateway.wait_metric(&format!("forebay_exchange_seconds_count{{route=\"{route}\"}}"), |n| n == count);
     let scrape = Scrape::of(gateway.admin());

@@ -487,7 +487,7 @@ fn wrapped(block: &str) -> Vec<String> {
     .collect()
 }
 
-/// The same, with the parts that a whole file needs.
+/// The text with the parts that a complete file needs.
 fn completed(text: &str) -> String {
     let Ok(Value::Object(mut file)) = serde_yaml::from_str::<Value>(text) else { return text.to_owned() };
     let listener = serde_json::json!([{ "name": "added", "address": "127.0.0.1:1" }]);

@@ -310,8 +310,8 @@ fn package() -> Json {
     described["packages"][0]["metadata"]["deb"].clone()
 }
 
-/// The files of the package: where each comes from, and where it is installed. What package.sh makes comes from
-/// `target/dist`; the pages of the manual among it come from `conf/manual` here.
+/// The files of the package: the source and the installed path of each. Files that package.sh creates come from
+/// `target/dist`, except the pages of the manual, which come from `conf/manual` here.
 fn installed(deb: &Json) -> Vec<(PathBuf, PathBuf)> {
     let mut files = Vec::new();
     for asset in deb["assets"].as_array().unwrap() {

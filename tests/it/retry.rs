@@ -10,7 +10,7 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::{Closed, first_fails, response};
 use crate::harness::{Ask, Gateway, H2Origin, Origin, Protocol, Setup, ok};
 
-/// Two built-in origins behind a route with these rules; whichever is asked first responds once as for `path`.
+/// Two built-in origins behind a route with these rules; the first selected one responds once as for `path`.
 fn behind(path: &str, rules: &str) -> ([Running; 2], Gateway) {
     let origins = first_fails(path);
     let setup = Setup::before_all(&origins.each_ref().map(Running::address));

@@ -108,7 +108,7 @@ fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     block
 }
 
-/// The same from bytes that are not text.
+/// The header block of a GET with a field whose bytes need not be text.
 fn odd_field(name: &[u8], value: &[u8]) -> Vec<u8> {
     let mut block = block(&GET);
     block.push(0);

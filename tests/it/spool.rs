@@ -406,8 +406,8 @@ fn a_spool_directory_that_cannot_be_used_is_found_before_anything_listens() {
     }
 }
 
-/// Memory per buffering client, besides the bytes that `resources.memory` counts. A debug build needed 113 KB for
-/// an upload and 211 KB for a reader.
+/// Memory per buffering client, in addition to the bytes that `resources.memory` counts. A debug build needed 113 KB
+/// for an upload and 211 KB for a reader.
 const CLIENT_BYTES: u64 = 240 * 1024;
 
 const CLIENTS: usize = 2_000;

@@ -173,7 +173,7 @@ fn behind_a_101_there_is_nothing_but_the_tunnel() {
         let (mut client, mut connection) = begin();
         assert_eq!(client.rest(), b"", "{protocol}, silent");
         connection.closed();
-        // The client does the same.
+        // The client resets its connection.
         let (client, mut connection) = begin();
         client.reset();
         connection.closed();

@@ -373,7 +373,7 @@ const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
 /// In the foreground; the file follows.
 const HAPROXY_ARGUMENTS: &[&str] = &["-db", "-f"];
 
-/// The same with a master process.
+/// The arguments with a master process.
 const HAPROXY_MASTER_ARGUMENTS: &[&str] = &["-W", "-db", "-f"];
 
 /// Forebay's admin socket, in its directory.

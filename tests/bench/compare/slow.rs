@@ -65,7 +65,7 @@ impl Uploaders {
     }
 }
 
-/// Clients that read a large answer slowly.
+/// Clients that read a large response slowly.
 pub struct Readers {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<Tally>>,
