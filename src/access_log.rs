@@ -14,7 +14,7 @@ use prometheus::IntCounter;
 
 use crate::config::server::{AccessLog as Settings, LogFormat, Query};
 use crate::error::BuildError;
-use crate::expression::named::{Named, Said};
+use crate::expression::named::{Named, NamedText};
 use crate::finished::Finished;
 use crate::metrics::AccessLogMetrics;
 use writer::{Queue, Shared, Sink};
@@ -28,7 +28,7 @@ pub struct Line<'a> {
     /// The exchange.
     pub finished: &'a Finished<'a>,
     /// Additional fields from the configuration.
-    pub fields: &'a [Said<'a>],
+    pub fields: &'a [NamedText<'a>],
 }
 
 /// The access log. Dropping it closes it.
@@ -74,7 +74,7 @@ impl AccessLog {
 
     /// Adds a line with these additional fields. Never blocks on the disk: if the queue is full, the line is
     /// dropped and counted.
-    pub fn record(&self, finished: &Finished<'_>, fields: &[Said<'_>]) {
+    pub fn record(&self, finished: &Finished<'_>, fields: &[NamedText<'_>]) {
         let bare;
         let finished = match self.query {
             Query::Keep => finished,

@@ -118,7 +118,7 @@ use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
-use remains::Undertaker;
+use remains::SettlesExchanges;
 use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
@@ -155,7 +155,7 @@ pub struct Ending {
     /// The active exchanges that a shutdown waits for.
     pub inflight: Arc<Inflight>,
     /// Settles dropped exchanges.
-    pub undertaker: Arc<dyn Undertaker>,
+    pub settler: Arc<dyn SettlesExchanges>,
 }
 
 impl Ending {
@@ -291,7 +291,7 @@ impl Desk {
             }
         };
         ended.unwrap_or_else(|GivenUp| {
-            exchange.end(|future| self.ending.undertaker.settle(remains::collect(|| drop(future))));
+            exchange.end(|future| self.ending.settler.settle(remains::collect(|| drop(future))));
             None
         })
     }

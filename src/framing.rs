@@ -5,8 +5,8 @@
 //! readers of a message disagreed, a client could smuggle a request, or read the next response as the rest of the
 //! current one. The functions perform no IO.
 //!
-//! [`Said`] collects the length fields of a header, and [`Body`] is the resulting framing. [`chunked`] parses a chunked
-//! body byte by byte. [`follow`] extracts trailers where a library discards them.
+//! [`LengthFields`] collects the length fields of a header, and [`Body`] is the resulting framing. [`chunked`] parses
+//! a chunked body byte by byte. [`follow`] extracts trailers where a library discards them.
 
 pub mod answer;
 pub mod chunked;
@@ -32,7 +32,7 @@ pub enum Body {
 
 /// The values of all fields `Content-Length` and `Transfer-Encoding` of a header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Said {
+pub struct LengthFields {
     length: Length,
     coding: Coding,
     /// Number of fields `Transfer-Encoding`, and of items in all of them. Both stop at 2, since larger numbers make no
@@ -72,24 +72,24 @@ enum Coding {
     Other,
 }
 
-impl Said {
+impl LengthFields {
     /// Collects the length fields of `headers`.
-    pub fn of(headers: &HeaderMap) -> Said {
-        let mut said = Said::default();
+    pub fn of(headers: &HeaderMap) -> LengthFields {
+        let mut length_fields = LengthFields::default();
         // One pass costs less than two look-ups.
         for (name, value) in headers {
             match *name {
-                header::CONTENT_LENGTH => said.add_length(value.as_bytes()),
-                header::TRANSFER_ENCODING => said.add_coding(value.as_bytes()),
+                header::CONTENT_LENGTH => length_fields.add_length(value.as_bytes()),
+                header::TRANSFER_ENCODING => length_fields.add_coding(value.as_bytes()),
                 _ => {}
             }
         }
-        said
+        length_fields
     }
 
     /// Whether the header has any length field.
-    pub fn is_anything(&self) -> bool {
-        *self != Said::default()
+    pub fn is_any(&self) -> bool {
+        *self != LengthFields::default()
     }
 
     /// Adds a field `Content-Length`.
@@ -180,11 +180,11 @@ pub fn is_token(byte: u8) -> bool {
 mod tests {
     use super::*;
 
-    fn said(lengths: &[&str], codings: &[&str]) -> Said {
-        let mut said = Said::default();
-        lengths.iter().for_each(|value| said.add_length(value.as_bytes()));
-        codings.iter().for_each(|value| said.add_coding(value.as_bytes()));
-        said
+    fn length_fields(lengths: &[&str], codings: &[&str]) -> LengthFields {
+        let mut length_fields = LengthFields::default();
+        lengths.iter().for_each(|value| length_fields.add_length(value.as_bytes()));
+        codings.iter().for_each(|value| length_fields.add_coding(value.as_bytes()));
+        length_fields
     }
 
     #[test]
@@ -199,7 +199,7 @@ mod tests {
             (&["7", "7"], Length::Repeated(7)),
             (&["7,07", "7 , 7"], Length::Repeated(7)),
         ] {
-            assert_eq!(said(values, &[]).length, length, "{values:?}");
+            assert_eq!(length_fields(values, &[]).length, length, "{values:?}");
         }
         for values in [
             &[""][..],
@@ -221,7 +221,7 @@ mod tests {
             &["18446744073709551616"],
             &["\u{661}"],
         ] {
-            assert_eq!(said(values, &[]).length, Length::Faulty, "{values:?}");
+            assert_eq!(length_fields(values, &[]).length, Length::Faulty, "{values:?}");
         }
     }
 
@@ -254,7 +254,7 @@ mod tests {
             (&["chunked\u{b}"], Coding::Other),
             (&["chunked\u{c}"], Coding::Other),
         ] {
-            assert_eq!(said(&[], values).coding, coding, "{values:?}");
+            assert_eq!(length_fields(&[], values).coding, coding, "{values:?}");
         }
     }
 
@@ -268,8 +268,8 @@ mod tests {
                 value.parse().expect("a value"),
             );
         }
-        assert_eq!(Said::of(&headers), said(&["3"], &["gzip", "chunked"]));
-        assert!(Said::of(&headers).is_anything() && !Said::of(&HeaderMap::new()).is_anything());
+        assert_eq!(LengthFields::of(&headers), length_fields(&["3"], &["gzip", "chunked"]));
+        assert!(LengthFields::of(&headers).is_any() && !LengthFields::of(&HeaderMap::new()).is_any());
     }
 
     #[test]

@@ -4,11 +4,11 @@
 //! Only here are names in the configuration resolved. Nothing here runs per request.
 
 pub mod changes;
-mod elders;
 pub mod explain;
 mod follow;
 pub mod handover;
 pub mod inherited;
+mod older_processes;
 mod parts;
 mod pid_file;
 pub mod privileges;
@@ -48,17 +48,17 @@ use crate::metrics::{Metrics, RouteMetrics};
 use crate::proxy::generation::Current;
 use crate::spans::Tracer;
 use crate::upkeep;
-use elders::Elders;
 use explain::Explainer;
 use follow::Follower;
 use inherited::Inherited;
-use parts::{Fit, Ground, Parts, demands_certificates, expired, mismatched};
+use older_processes::OlderProcesses;
+use parts::{Base, Fit, Parts, demands_certificates, expired, mismatched};
 use pid_file::PidFile;
 use privileges::User;
 use process::{Outputs, Process, no_open_files, no_spool_dir};
 use reload::{Engine, Load, Reloads};
 use running::Running;
-use sockets::{Clerk, Place, Socket, Station};
+use sockets::{OpenSocket, Place, Socket, SocketAcceptor};
 use stage::{Obstacle, Stage, assemble};
 use stop::{Handle, Stop};
 use supervisor::Supervisor;
@@ -157,14 +157,14 @@ impl Builder {
     pub fn inspect(&self, config: &Config) -> Inspection {
         let mut warnings = Vec::new();
         let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
-        let ground = Ground::new(self.catalog.clone(), metrics.clone());
+        let base = Base::new(self.catalog.clone(), metrics.clone());
         let mut errors = self.catalog.conflicts().to_vec();
-        match Parts::build(&ground, config, None) {
+        match Parts::build(&base, config, None) {
             // A gateway would start despite these; only the check reports them.
             Ok(parts) => {
                 errors.extend(parts.issuers.iter().filter_map(Asked::inspect));
                 errors.extend(
-                    acme::build(parts.issuers, &ground.challenges, &ground.served, &metrics).err().unwrap_or_default(),
+                    acme::build(parts.issuers, &base.challenges, &base.served, &metrics).err().unwrap_or_default(),
                 );
                 let listeners = parts.tls.iter().enumerate().map(|(index, fit)| (format!("listeners[{index}]"), fit));
                 for (owner, fit) in listeners.chain([("admin".to_owned(), &parts.admin_tls)]) {
@@ -210,7 +210,7 @@ pub struct Gateway {
     server: Server,
     stop: Stop,
     upgrades: Upgrades,
-    stations: Arc<Mutex<Vec<Station>>>,
+    open_sockets: Arc<Mutex<Vec<OpenSocket>>>,
     admin: Option<SocketAddr>,
     log: Option<Arc<AccessLog>>,
     tracer: Option<Arc<Tracer>>,
@@ -234,7 +234,7 @@ impl Gateway {
 
     /// The TCP address that a listener was bound to.
     pub fn address(&self, listener: &str) -> Option<SocketAddr> {
-        lock(&self.stations).iter().find(|station| station.place.listener == listener)?.place.tcp
+        lock(&self.open_sockets).iter().find(|open_socket| open_socket.place.listener == listener)?.place.tcp
     }
 
     /// The TCP address of the admin endpoint.
@@ -252,13 +252,13 @@ impl Gateway {
     /// Call it once per process: without work stealing, Pingora keeps its runtimes per thread, and a gateway that
     /// starts after another one has stopped may get a runtime that has ended.
     pub fn run(self) {
-        let Gateway { server, stop, upgrades, log, tracer, stations, loops, begun, .. } = self;
+        let Gateway { server, stop, upgrades, log, tracer, open_sockets, loops, begun, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
         // A process that never accepted connections keeps the files of inherited sockets, since the other process uses
         // them.
         let goes = |place: &Place| !upgrades.is_handed_over() && (*begun.borrow() || place.is_own);
-        for Station { place, .. } in lock(&stations).iter().filter(|station| goes(&station.place)) {
+        for OpenSocket { place, .. } in lock(&open_sockets).iter().filter(|open_socket| goes(&open_socket.place)) {
             if let Some((file, _)) = &place.file {
                 // The file may already be gone.
                 let _ = std::fs::remove_file(file);
@@ -278,36 +278,38 @@ impl Gateway {
         let one = |error: BuildError| wrong(vec![error]);
         none_of(catalog.conflicts()).map_err(wrong)?;
         let metrics = counters(&config, &catalog);
-        let mut ground = Ground::new(catalog.clone(), metrics.clone());
-        ground.inherited = inherited.clone();
-        let mut parts = Parts::build(&ground, &config, None).map_err(wrong)?;
+        let mut base = Base::new(catalog.clone(), metrics.clone());
+        base.inherited = inherited.clone();
+        let mut parts = Parts::build(&base, &config, None).map_err(wrong)?;
         let user = config.server.user.as_deref().map(User::find).transpose().map_err(one)?;
         let outputs = Outputs::open(&config, &mut parts, &metrics).map_err(one)?;
         let mut process = Process::build(&config, &metrics).map_err(one)?;
-        let running = assemble(parts, &ground, &process.common, user.as_ref(), config.clone(), None);
+        let running = assemble(parts, &base, &process.common, user.as_ref(), config.clone(), None);
         let running = running.map_err(|obstacle| not_started(obstacle, &config))?;
         let current = Current::new(ArcSwap::new(running.generation.clone()));
-        let openings = process.serve(&config, current.clone(), &ground, &outputs).map_err(one)?;
-        let stage = stage(ground, &mut process, &config, user.clone(), outputs.unrouted.clone(), current, openings);
+        let openings = process.serve(&config, current.clone(), &base, &outputs).map_err(one)?;
+        let stage = stage(base, &mut process, &config, user.clone(), outputs.unrouted.clone(), current, openings);
         let reception = config.admin.enabled.then(|| admin_app(&config, &process, &stage, &outputs)).transpose()?;
         let admin = reception.as_ref().and_then(|(_, socket)| socket.tcp);
         go_on_unprivileged(user.as_ref(), &running, &config).map_err(one)?;
         stage.put_on(&running, None);
         metrics.config().show(1, &config.hash());
-        let (stations, times, upgrade) = (stage.stations.clone(), stage.shutdown.clone(), stage.upgrade.clone());
+        let (open_sockets, times, upgrade) =
+            (stage.open_sockets.clone(), stage.shutdown.clone(), stage.upgrade.clone());
         let (ledger, upstreams, acme) = (stage.ledger.clone(), stage.upstreams.clone(), stage.acme.clone());
         let admin_tls = running.admin_tls.clone();
         let pid_file = config.server.pid_file.as_deref().map(PidFile::prepare).transpose().map_err(one)?.map(Arc::new);
         let asked = Arc::new(Notify::new());
-        let (supervisor, elders, changing) = (Supervisor::of_environment(), Elders::default(), Changing::default());
+        let (supervisor, older_processes, changing) =
+            (Supervisor::of_environment(), OlderProcesses::default(), Changing::default());
         let upgrades = Upgrades::new(Needs {
             program,
-            stations: stations.clone(),
+            open_sockets: open_sockets.clone(),
             inherited: inherited.clone(),
             times: upgrade.clone(),
             metrics: metrics.upgrades(),
             supervisor: supervisor.clone(),
-            elders: elders.clone(),
+            older_processes: older_processes.clone(),
             changing: changing.clone(),
             pid_file: pid_file.as_ref().map(Arc::downgrade).unwrap_or_default(),
         });
@@ -317,7 +319,7 @@ impl Gateway {
         let Process { mut server, loops, endings, .. } = process;
         let reception = reception.map(|(app, socket)| {
             let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
-            let reception = admit(upgrade::add(app, upgrades.clone()), socket, admin_tls, &config, &stations)?;
+            let reception = admit(upgrade::add(app, upgrades.clone()), socket, admin_tls, &config, &open_sockets)?;
             server.add_service(reception.service(endings.begin.subscribe()));
             Ok(reception)
         });
@@ -332,7 +334,7 @@ impl Gateway {
             predecessor,
             upgrades: upgrades.clone(),
             upgrade,
-            elders,
+            older_processes,
             upgrade_metrics: metrics.upgrades(),
             pid_file,
             ledger,
@@ -341,11 +343,11 @@ impl Gateway {
             metrics,
             reception,
             log: log.clone(),
-            stations: stations.clone(),
+            open_sockets: open_sockets.clone(),
             reloads,
             supervisor,
         };
-        Ok(Gateway { server, stop, upgrades, stations, admin, log, tracer, loops, begun })
+        Ok(Gateway { server, stop, upgrades, open_sockets, admin, log, tracer, loops, begun })
     }
 }
 
@@ -362,7 +364,7 @@ fn counters(config: &Config, catalog: &Catalog) -> Metrics {
 
 /// The parts of the process that depend on the configuration, with their background services.
 fn stage(
-    ground: Ground,
+    base: Base,
     process: &mut Process,
     config: &Config,
     user: Option<User>,
@@ -375,7 +377,7 @@ fn stage(
     let (acme, acme_upkeep) = upkeep::service_from("acme", process.endings.begin.subscribe());
     process.server.add_service(upstreams_upkeep);
     process.server.add_service(tls_upkeep);
-    process.server.add_service(ground.files.background());
+    process.server.add_service(base.files.background());
     process.server.add_service(acme_upkeep);
     let stage = Stage {
         common: process.common.clone(),
@@ -389,11 +391,11 @@ fn stage(
         acme,
         shutdown: Arc::new(Mutex::new(config.server.shutdown.clone())),
         upgrade: Arc::new(Mutex::new(config.server.upgrade.clone())),
-        stations: Arc::default(),
+        open_sockets: Arc::default(),
         ledger: Arc::default(),
-        ground,
+        base,
     };
-    stage.ground.metrics.count_generations(stage.ledger.clone());
+    stage.base.metrics.count_generations(stage.ledger.clone());
     stage
 }
 
@@ -413,7 +415,7 @@ fn reloads(
     changing: Changing,
 ) -> io::Result<Reloads> {
     let follower = watches.then(|| Follower::new(running.config.directories()));
-    let shown = stage.ground.metrics.config();
+    let shown = stage.base.metrics.config();
     let engine = Engine::new(file, load, stage, shown, running, supervisor, changing);
     let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start()?;
     follower.map_or(Ok(()), |follower| follower.start(reloads.clone()))?;
@@ -428,7 +430,7 @@ fn admin_app(
     outputs: &Outputs,
 ) -> Result<(Admin, Socket), StartError> {
     let address = &config.admin.address;
-    let opened = stage.ground.inherited.open("admin", address, config.admin.mode);
+    let opened = stage.base.inherited.open("admin", address, config.admin.mode);
     let socket = opened.map_err(|source| StartError::Listen {
         listener: "admin".to_owned(),
         address: address.0.clone(),
@@ -436,7 +438,7 @@ fn admin_app(
     })?;
     let sources = Sources {
         shown: stage.shown.clone(),
-        metrics: stage.ground.metrics.clone(),
+        metrics: stage.base.metrics.clone(),
         readiness: process.endings.readiness.clone(),
         loops: process.loops.clone(),
         slow: process.depot.slow.clone(),
@@ -458,12 +460,12 @@ fn admit(
     socket: Socket,
     tls: Option<Arc<Tls>>,
     config: &Config,
-    stations: &Mutex<Vec<Station>>,
+    open_sockets: &Mutex<Vec<OpenSocket>>,
 ) -> io::Result<Arc<Reception>> {
     let place = Place::of("admin", &config.admin.address, &socket);
     let is_unix = socket.is_unix();
     let reception = Reception::new(app, socket.into_fd(), is_unix, tls)?;
-    lock(stations).insert(0, Station { place, clerk: Clerk::Admin(reception.clone()) });
+    lock(open_sockets).insert(0, OpenSocket { place, acceptor: SocketAcceptor::Admin(reception.clone()) });
     Ok(reception)
 }
 

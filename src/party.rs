@@ -11,7 +11,7 @@ pub mod waits;
 use crate::phase::Phase;
 
 pub use limits::{Bounds, Deadline, Look, Patience, Stage};
-pub use waits::{KeepsWaiting, Waits};
+pub use waits::{DelaysEndpoint, Waits};
 
 /// A party that can delay or end an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,7 +47,7 @@ pub enum What {
     Left,
     /// Its connection broke off.
     Broke,
-    /// Its connection broke off after other parties had delayed it for longer than [`limits::DAWDLING`]. Such an
+    /// Its connection broke off after other parties had delayed it for longer than [`limits::DELAY_MAX`]. Such an
     /// endpoint may have timed out because of a slow client.
     GaveUp,
     /// It violated the protocol.

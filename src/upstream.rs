@@ -381,7 +381,7 @@ impl Upstream {
             let roster = self.roster.load();
             match choose(&roster) {
                 // All were removed meanwhile, and there are new ones.
-                Choice::Nobody if !Arc::ptr_eq(&roster, &self.roster.load()) => choose(&self.roster.load()),
+                Choice::NoEndpoint if !Arc::ptr_eq(&roster, &self.roster.load()) => choose(&self.roster.load()),
                 choice => choice,
             }
         })

@@ -324,7 +324,7 @@ pub(super) mod tests {
     use super::*;
     use crate::config::server::AccessLog;
     use crate::error::refusal;
-    use crate::expression::named::Said;
+    use crate::expression::named::NamedText;
     use crate::finished::{Client, Failed, Finished, Request, Way, Why};
     use crate::metrics::Summary;
     use crate::spans::TraceId;
@@ -386,7 +386,7 @@ pub(super) mod tests {
         }
     }
 
-    fn written(write: fn(&mut Vec<u8>, &Line<'_>), finished: &Finished<'_>, fields: &[Said<'_>]) -> String {
+    fn written(write: fn(&mut Vec<u8>, &Line<'_>), finished: &Finished<'_>, fields: &[NamedText<'_>]) -> String {
         let mut line = Vec::new();
         write(&mut line, &Line { finished, fields });
         String::from_utf8(line).unwrap()

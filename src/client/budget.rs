@@ -51,17 +51,17 @@ pub struct Resources {
 
 /// Number of bytes from which the first two steps apply; unreachable if a step is not used.
 #[derive(Clone, Copy, Debug)]
-struct Rungs {
+struct Steps {
     spill_at: u64,
     full_at: u64,
 }
 
-impl Rungs {
+impl Steps {
     /// The steps of a pool with this limit. No step applies to an empty pool, however small the limit.
     fn of(limit: u64, resources: &Resources) -> Self {
         let full_at = if resources.pause { limit - limit / 16 } else { limit };
         let spill_at = if resources.spill { (limit - limit / 4).max(1) } else { u64::MAX };
-        Rungs { spill_at, full_at: full_at.max(1) }
+        Steps { spill_at, full_at: full_at.max(1) }
     }
 }
 
@@ -82,26 +82,26 @@ impl Pool {
 
     /// As `used`, but sequentially consistent with those that release memory: either they see the waiter, or the waiter
     /// sees the release.
-    fn is_full_for_certain(&self, rungs: Rungs) -> bool {
-        self.used.load(Ordering::SeqCst) >= rungs.full_at
+    fn is_full_for_certain(&self, steps: Steps) -> bool {
+        self.used.load(Ordering::SeqCst) >= steps.full_at
     }
 
     /// Wakes one waiter if there is room.
-    fn wake(&self, rungs: Rungs) {
-        if self.paused.load(Ordering::SeqCst) > 0 && self.used() < rungs.full_at {
+    fn wake(&self, steps: Steps) {
+        if self.paused.load(Ordering::SeqCst) > 0 && self.used() < steps.full_at {
             self.turn.notify_one();
         }
     }
 
     /// Ends when there is room; then wakes the next waiter.
-    async fn room(&self, rungs: Rungs) {
+    async fn room(&self, steps: Steps) {
         let waiting = Waiting::enter(&self.paused);
-        while self.is_full_for_certain(rungs) {
+        while self.is_full_for_certain(steps) {
             // If a woken future is dropped, its turn passes to the next.
             self.turn.notified().await;
         }
         drop(waiting);
-        self.wake(rungs);
+        self.wake(steps);
     }
 }
 
@@ -132,10 +132,10 @@ pub struct Held {
 /// The limits and the sums of all spools.
 pub struct Budget {
     resources: Resources,
-    all: Rungs,
-    answers: Rungs,
+    all: Steps,
+    answers: Steps,
     /// Per direction.
-    client: [Rungs; 2],
+    client: [Steps; 2],
     shed_at: u64,
     memory: Pool,
     answers_memory: Pool,
@@ -156,10 +156,10 @@ impl Budget {
         metrics.disk_limit.set(signed(resources.disk));
         let part = |whole: u64, ratio: f64| if ratio < 1.0 { (whole as f64 * ratio) as u64 } else { whole };
         let answers = part(limit, resources.answers);
-        let client = [limit, answers].map(|whole| Rungs::of(part(whole, resources.client), &resources));
+        let client = [limit, answers].map(|whole| Steps::of(part(whole, resources.client), &resources));
         Arc::new(Budget {
-            all: Rungs::of(limit, &resources),
-            answers: Rungs::of(answers, &resources),
+            all: Steps::of(limit, &resources),
+            answers: Steps::of(answers, &resources),
             client,
             // As for the other steps: an empty budget refuses no exchange.
             shed_at: if resources.shed { limit.max(1) } else { u64::MAX },
@@ -273,27 +273,27 @@ impl Owner {
     }
 
     /// The owner's pools, except the pool of all spools.
-    fn narrower(&self) -> impl Iterator<Item = (&Pool, Rungs)> {
+    fn narrower(&self) -> impl Iterator<Item = (&Pool, Steps)> {
         let Owner { budget, direction, .. } = self;
         let answers = (*direction == Direction::Response).then_some((&budget.answers_memory, budget.answers));
         let client = self.held().map(|held| (&held.memory, budget.client[*direction as usize]));
         answers.into_iter().chain(client)
     }
 
-    fn pools(&self) -> impl Iterator<Item = (&Pool, Rungs)> {
+    fn pools(&self) -> impl Iterator<Item = (&Pool, Steps)> {
         self.narrower().chain([(&self.budget.memory, self.budget.all)])
     }
 
     fn is_full(&self) -> bool {
-        self.pools().any(|(pool, rungs)| pool.used() >= rungs.full_at)
+        self.pools().any(|(pool, steps)| pool.used() >= steps.full_at)
     }
 
     /// Releases this many bytes of memory.
     fn shrink_memory(&self, bytes: u64) {
         self.budget.shrink_memory(bytes);
-        for (pool, rungs) in self.narrower() {
+        for (pool, steps) in self.narrower() {
             pool.used.fetch_sub(bytes, Ordering::SeqCst);
-            pool.wake(rungs);
+            pool.wake(steps);
         }
     }
 
@@ -390,7 +390,7 @@ impl Share {
 
     /// Whether bytes that could be written to disk should not be kept in memory.
     pub fn spills(&self) -> bool {
-        self.owner.pools().any(|(pool, rungs)| pool.used() >= rungs.spill_at)
+        self.owner.pools().any(|(pool, steps)| pool.used() >= steps.spill_at)
     }
 
     /// Whether the owner may take no more memory. Without step pause this is the full limit, and there is no wait, see
@@ -401,8 +401,8 @@ impl Share {
 
     /// Whether the client has reached its own limit of memory.
     pub fn is_client_full(&self) -> bool {
-        let rungs = self.owner.budget.client[self.owner.direction as usize];
-        self.owner.held().is_some_and(|held| held.memory.used() >= rungs.full_at)
+        let steps = self.owner.budget.client[self.owner.direction as usize];
+        self.owner.held().is_some_and(|held| held.memory.used() >= steps.full_at)
     }
 
     /// Ends when memory is available, at once if it already is. Counts as a pause from its first poll until it ends or
@@ -417,8 +417,8 @@ impl Share {
                 return;
             }
             let _pausing = Pausing::enter(&owner.budget.metrics);
-            while let Some((pool, rungs)) = owner.pools().find(|(pool, rungs)| pool.is_full_for_certain(*rungs)) {
-                pool.room(rungs).await;
+            while let Some((pool, steps)) = owner.pools().find(|(pool, steps)| pool.is_full_for_certain(*steps)) {
+                pool.room(steps).await;
             }
         })
     }

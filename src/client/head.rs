@@ -15,7 +15,7 @@ use pingora::http::RequestHeader;
 
 use super::fields;
 use crate::error::{Refusal, refusal};
-use crate::framing::{self, Body, Said, decimal, is_token};
+use crate::framing::{self, Body, LengthFields, decimal, is_token};
 
 /// Maximum number of header fields that the parser accepts; `limits.headers` is at most this. Pingora has the same
 /// limit.
@@ -192,7 +192,7 @@ fn check(request: &httparse::Request<'_, '_>) -> Result<Head, &'static Refusal> 
         return Err(&refusal::HEADER_MALFORMED);
     }
 
-    let mut said = Said::default();
+    let mut length_fields = LengthFields::default();
     let mut hosts = Values::default();
     let (mut closes, mut stays, mut upgrades) = (false, false, false);
     for field in request.headers.iter() {
@@ -203,8 +203,8 @@ fn check(request: &httparse::Request<'_, '_>) -> Result<Head, &'static Refusal> 
                 closes |= framing::names([field.value], "close");
                 stays |= framing::names([field.value], "keep-alive");
             }
-            14 if field.name.eq_ignore_ascii_case("content-length") => said.add_length(field.value),
-            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => said.add_coding(field.value),
+            14 if field.name.eq_ignore_ascii_case("content-length") => length_fields.add_length(field.value),
+            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => length_fields.add_coding(field.value),
             _ => {}
         }
     }
@@ -212,7 +212,7 @@ fn check(request: &httparse::Request<'_, '_>) -> Result<Head, &'static Refusal> 
     let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
     let target = behind_scheme.map_or(Target::Origin, |_| Target::Absolute { names_host: hosts.first.is_some() });
     let persists = !closes && (version == Version::HTTP_11 || stays);
-    Ok(Head { body: framing::request::read(version, &said)?, closes, persists, upgrades, target })
+    Ok(Head { body: framing::request::read(version, &length_fields)?, closes, persists, upgrades, target })
 }
 
 /// Converts a checked header with an absolute target to origin form, since an origin receives only the path (RFC 9112

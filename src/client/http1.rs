@@ -27,7 +27,7 @@ use super::kept::Kept;
 use super::remains;
 use super::stream::{Bypass, ClientStream};
 use super::trailers::last_chunk;
-use crate::framing::{Body, Said, answer};
+use crate::framing::{Body, LengthFields, answer};
 
 /// The session; see the module.
 pub struct Session {
@@ -78,8 +78,8 @@ impl Session {
         if self.request.method == Method::HEAD {
             return Ok(Body::None);
         }
-        let (status, said) = (answer.status.as_u16(), Said::of(&answer.headers));
-        answer::frame(false, status, Version::HTTP_11, &said, self.request.version)
+        let (status, length_fields) = (answer.status.as_u16(), LengthFields::of(&answer.headers));
+        answer::frame(false, status, Version::HTTP_11, &length_fields, self.request.version)
             .map(|framed| framed.write)
             .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))
     }

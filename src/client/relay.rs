@@ -29,7 +29,7 @@ use super::tls::stream::Raw;
 use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
-use crate::party::limits::DAWDLING;
+use crate::party::limits::DELAY_MAX;
 use crate::party::wait::{self, Eye, Wait};
 use crate::upstream::transport::dial::EXHAUSTED;
 use crate::upstream::transport::greeting::Parties;
@@ -152,7 +152,7 @@ impl Relay {
                 connection.listener.metrics.refusals.count(refusal);
                 passed.refusal = Some(refusal);
                 // An endpoint that sent nothing counts as failed, unless its client kept it waiting.
-                let prompt = passed.began.elapsed() <= DAWDLING;
+                let prompt = passed.began.elapsed() <= DELAY_MAX;
                 let silent = prompt && passed.sent == 0 && refusal == &refusal::RECEIVE_RESET;
                 if silent { Outcome::Failed(refusal) } else { Outcome::Cancelled }
             }
@@ -227,7 +227,7 @@ impl Relay {
         };
         match upstream.select(hash, tried, Instant::now()) {
             Choice::Engaged(engaged) => return Ok(Some(engaged)),
-            Choice::Nobody => return Ok(None),
+            Choice::NoEndpoint => return Ok(None),
             Choice::Away(_) => return Err(reject(&refusal::SELECT_BREAKER_OPEN)),
             Choice::Full => {}
         }
@@ -248,7 +248,7 @@ impl Relay {
                     place.missed();
                     tokio::task::yield_now().await;
                 }
-                Choice::Nobody => return Ok(None),
+                Choice::NoEndpoint => return Ok(None),
                 Choice::Away(_) => return Err(reject(&refusal::SELECT_BREAKER_OPEN)),
             }
         }

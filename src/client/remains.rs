@@ -19,7 +19,7 @@ pub struct Remains {
 }
 
 /// Settles dropped exchanges: counts and logs them.
-pub trait Undertaker: Send + Sync {
+pub trait SettlesExchanges: Send + Sync {
     /// Settles one exchange.
     fn settle(&self, remains: Remains);
 }

@@ -45,7 +45,7 @@ use super::wire::{Manner, Past, Wire};
 use crate::eventloop::{Gate, LAST_WORDS, adopt, worker};
 use crate::party::limits::Seen;
 use crate::party::wait::Timer;
-use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
+use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
 use crate::phase::journal::Passed;
 use crate::upstream::transport::http2::StreamHandle;
@@ -236,13 +236,13 @@ impl Link {
     }
 
     /// Sets the receive window of the endpoint's connection for the current attempt.
-    pub fn comes_through(&self, window: Option<Window>) {
-        self.wire().comes_through(window);
+    pub fn set_window(&self, window: Option<Window>) {
+        self.wire().set_window(window);
     }
 
     /// Sets the stream of the current attempt, on a connection that exchanges share.
-    pub fn comes_by(&self, stream: StreamHandle) {
-        self.wire().comes_by(stream);
+    pub fn set_stream(&self, stream: StreamHandle) {
+        self.wire().set_stream(stream);
     }
 
     /// Disables buffering of the response, because of its kind or at the upstream's request.
@@ -522,9 +522,9 @@ impl Gate for Link {
     }
 }
 
-impl KeepsWaiting for Link {
-    fn kept_waiting(&self, now: Instant) -> Duration {
-        self.waits.kept_waiting(now)
+impl DelaysEndpoint for Link {
+    fn endpoint_delay(&self, now: Instant) -> Duration {
+        self.waits.endpoint_delay(now)
     }
 }
 

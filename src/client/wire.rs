@@ -32,7 +32,7 @@ use super::waiting::{Waiting, Who};
 use crate::config;
 use crate::config::route::BufferMode;
 use crate::config::server::Resources;
-use crate::framing::{Body, Said, answer};
+use crate::framing::{Body, LengthFields, answer};
 use crate::metrics::{Direction, RouteMetrics};
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
@@ -553,12 +553,12 @@ impl Wire {
 
     /// Sets the receive window of the endpoint's connection for this attempt. `None`: the connection no longer belongs
     /// to the exchange.
-    pub fn comes_through(&mut self, window: Option<Window>) {
+    pub fn set_window(&mut self, window: Option<Window>) {
         self.window = window;
     }
 
     /// Sets the stream of this attempt, on a connection that exchanges share.
-    pub fn comes_by(&mut self, stream: StreamHandle) {
+    pub fn set_stream(&mut self, stream: StreamHandle) {
         self.stream = Some(stream);
     }
 
@@ -668,11 +668,11 @@ impl Wire {
     /// The endpoint's framing was checked on receipt, and the header has been treated as HTTP/1.1 since. A filter
     /// causes any error here.
     fn frame(&mut self, header: &mut ResponseHeader, end: bool) -> Result<()> {
-        let (status, said) = (header.status.as_u16(), Said::of(&header.headers));
-        let framed = answer::frame(self.head_only, status, Version::HTTP_11, &said, self.version)
+        let (status, length_fields) = (header.status.as_u16(), LengthFields::of(&header.headers));
+        let framed = answer::frame(self.head_only, status, Version::HTTP_11, &length_fields, self.version)
             .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))?;
         let framed = if end { framed.ended() } else { framed };
-        framed.apply(&said, header)?;
+        framed.apply(&length_fields, header)?;
         if let Some(past) = &mut self.past {
             past.framing = framed.write;
             // Closing the connection ends the body.

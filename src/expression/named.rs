@@ -9,7 +9,7 @@ use super::{Asked, Value};
 pub struct Named(Box<[(Box<str>, Words)]>);
 
 /// A name with its text in one exchange.
-pub type Said<'a> = (&'a str, Cow<'a, [u8]>);
+pub type NamedText<'a> = (&'a str, Cow<'a, [u8]>);
 
 /// A text, fixed or computed for each exchange.
 #[derive(Clone, Debug)]
@@ -28,7 +28,7 @@ impl FromIterator<(Box<str>, Words)> for Named {
 
 impl Named {
     /// The texts of this exchange, without empty ones. Allocates nothing if there are no names.
-    pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Box<[Said<'a>]> {
+    pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Box<[NamedText<'a>]> {
         let text = |(name, words): &'a (Box<str>, Words)| {
             let text = match words {
                 Words::Fixed(text) => Cow::Borrowed(text.as_bytes()),

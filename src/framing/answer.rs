@@ -10,7 +10,7 @@ use http::{HeaderValue, Version, header};
 use pingora::Result;
 use pingora::http::ResponseHeader;
 
-use super::{Body, Coding, Length, Said};
+use super::{Body, Coding, Length, LengthFields};
 
 /// The framing of a response, as received and as sent to the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,20 +52,26 @@ pub fn is_bodiless(head: bool, status: u16) -> bool {
     head || matches!(status, 100..=199 | 204 | 304)
 }
 
-/// Determines the framing of a response. `from`: the version of the received response; `said`: its length fields; `to`:
-/// the client's version; `head`: the request method was HEAD.
+/// Determines the framing of a response, from its length fields. `from`: the version of the received response; `to`: the
+/// client's version; `head`: the request method was HEAD.
 ///
 /// # Errors
 ///
 /// If the response cannot be forwarded. The client must receive no part of it.
-pub fn frame(head: bool, status: u16, from: Version, said: &Said, to: Version) -> Result<Framed, Fault> {
+pub fn frame(
+    head: bool,
+    status: u16,
+    from: Version,
+    length_fields: &LengthFields,
+    to: Version,
+) -> Result<Framed, Fault> {
     if status == 101 && from != Version::HTTP_11 {
         // RFC 9110 §7.8, RFC 9113 §8.6.
         return Err(Fault::Switch);
     }
-    let length = match said.length {
+    let length = match length_fields.length {
         // Transfer-Encoding overrides Content-Length (RFC 9112 §6.3).
-        _ if said.coding != Coding::Absent && from != Version::HTTP_2 => None,
+        _ if length_fields.coding != Coding::Absent && from != Version::HTTP_2 => None,
         Length::Absent => None,
         Length::One(length) | Length::Repeated(length) => Some(length),
         Length::Faulty => return Err(Fault::Length),
@@ -75,7 +81,7 @@ pub fn frame(head: bool, status: u16, from: Version, said: &Said, to: Version) -
         let length = length.filter(|_| !matches!(status, 100..=199 | 204));
         return Ok(Framed { read: Body::None, write: Body::None, length });
     }
-    let read = match (said.coding, length) {
+    let read = match (length_fields.coding, length) {
         (Coding::Absent, Some(length)) => Body::Length(length),
         (Coding::Absent, None) => Body::UntilEnd,
         // RFC 9113 §8.2.2.
@@ -108,13 +114,13 @@ impl Framed {
         matches!(self.read, Body::None | Body::Length(0))
     }
 
-    /// Sets the length fields of `header`, whose received fields were `said`, according to `write`.
+    /// Sets the length fields of `header`, whose received fields were `length_fields`, according to `write`.
     ///
     /// # Errors
     ///
     /// None in practice: the values are valid.
-    pub fn apply(&self, said: &Said, header: &mut ResponseHeader) -> Result<()> {
-        let says_length = match said.length {
+    pub fn apply(&self, length_fields: &LengthFields, header: &mut ResponseHeader) -> Result<()> {
+        let says_length = match length_fields.length {
             Length::Absent => None,
             Length::One(length) => Some(Some(length)),
             Length::Repeated(_) | Length::Faulty => Some(None),
@@ -127,13 +133,14 @@ impl Framed {
             None if says_length.is_some() => drop(header.remove_header(&header::CONTENT_LENGTH)),
             _ => {}
         }
-        let says_chunked = said.coding == Coding::Chunked && said.coding_items == 1 && !said.coding_differs;
+        let says_chunked =
+            length_fields.coding == Coding::Chunked && length_fields.coding_items == 1 && !length_fields.coding_differs;
         match self.write {
             Body::Chunked if !says_chunked => {
                 header.insert_header(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"))?;
             }
             Body::Chunked => {}
-            _ if said.coding != Coding::Absent => drop(header.remove_header(&header::TRANSFER_ENCODING)),
+            _ if length_fields.coding != Coding::Absent => drop(header.remove_header(&header::TRANSFER_ENCODING)),
             _ => {}
         }
         Ok(())
@@ -296,10 +303,10 @@ mod tests {
     fn each_answer_is_framed_for_each_client_or_is_faulty() {
         assert!(TABLE.len() >= 60, "{} answers", TABLE.len());
         for (number, row) in TABLE.iter().enumerate() {
-            let said = Said::of(&header(row).headers);
+            let length_fields = LengthFields::of(&header(row).headers);
             for (client, to) in [V10, V11, V2].into_iter().enumerate() {
                 for head in [false, true] {
-                    let framed = frame(head, row.1, row.0, &said, to);
+                    let framed = frame(head, row.1, row.0, &length_fields, to);
                     let case = format!("row {number}: {:?} {} {:?} to {to:?}, HEAD: {head}", row.0, row.1, row.2);
                     match &row.3 {
                         Faulty(fault) => assert_eq!(framed, Err(*fault), "{case}"),
@@ -332,9 +339,9 @@ mod tests {
             for to in [V10, V11, V2] {
                 for head in [false, true] {
                     let mut header = header(row);
-                    let said = Said::of(&header.headers);
-                    let Ok(framed) = frame(head, row.1, row.0, &said, to) else { continue };
-                    framed.apply(&said, &mut header).expect("valid values");
+                    let length_fields = LengthFields::of(&header.headers);
+                    let Ok(framed) = frame(head, row.1, row.0, &length_fields, to) else { continue };
+                    framed.apply(&length_fields, &mut header).expect("valid values");
                     let case = format!("{:?} {} {:?} to {to:?}, HEAD: {head}", row.0, row.1, row.2);
                     let codings = values(&header, header::TRANSFER_ENCODING);
                     let lengths = values(&header, header::CONTENT_LENGTH);
@@ -352,9 +359,9 @@ mod tests {
                         }
                     }
                     // The sent header has one reading only, the intended one.
-                    let said = Said::of(&header.headers);
+                    let length_fields = LengthFields::of(&header.headers);
                     let over = if row.1 == 101 { V11 } else { to };
-                    let again = frame(head, row.1, over, &said, to).expect(&case);
+                    let again = frame(head, row.1, over, &length_fields, to).expect(&case);
                     assert_eq!((again.read, again.length), (framed.write, framed.length), "{case}");
                 }
             }
@@ -364,10 +371,10 @@ mod tests {
     #[test]
     fn an_answer_that_ends_with_its_header_has_a_length() {
         for (from, to) in [(V11, V10), (V2, V11), (V2, V2)] {
-            let framed = frame(false, 200, from, &Said::default(), to).expect("an answer").ended();
+            let framed = frame(false, 200, from, &LengthFields::default(), to).expect("an answer").ended();
             assert_eq!((framed.write, framed.length), (Body::Length(0), Some(0)));
         }
-        let head = frame(true, 200, V2, &Said::default(), V11).expect("an answer").ended();
+        let head = frame(true, 200, V2, &LengthFields::default(), V11).expect("an answer").ended();
         assert_eq!((head.write, head.length), (Body::None, None));
     }
 }

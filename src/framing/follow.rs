@@ -8,7 +8,7 @@
 use http::{HeaderMap, Version};
 
 use super::chunked::{Chunks, Malformed};
-use super::{Body, Said, answer};
+use super::{Body, LengthFields, answer};
 
 /// The last chunk of a body without trailers.
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
@@ -134,16 +134,16 @@ fn header(bytes: &[u8], head_only: bool) -> Read {
     if matches!(status, 100..=199) {
         return if status == 101 { Read::Switch(end) } else { Read::Interim(end) };
     }
-    let mut said = Said::default();
+    let mut length_fields = LengthFields::default();
     for field in response.headers.iter() {
         match field.name.len() {
-            14 if field.name.eq_ignore_ascii_case("content-length") => said.add_length(field.value),
-            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => said.add_coding(field.value),
+            14 if field.name.eq_ignore_ascii_case("content-length") => length_fields.add_length(field.value),
+            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => length_fields.add_coding(field.value),
             _ => {}
         }
     }
     let version = if response.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 };
-    match answer::frame(head_only, status, version, &said, Version::HTTP_11) {
+    match answer::frame(head_only, status, version, &length_fields, Version::HTTP_11) {
         Ok(framed) if framed.read == Body::Chunked => Read::Chunked(end),
         _ => Read::Nothing,
     }

@@ -3,7 +3,7 @@
 use http::{HeaderValue, Version, header};
 use pingora::http::RequestHeader;
 
-use super::{Body, Coding, Length, Said};
+use super::{Body, Coding, Length, LengthFields};
 use crate::error::{Refusal, refusal};
 
 /// Determines the framing of a request body from its length fields (RFC 9112 §6.3, RFC 9113 §8.1.1).
@@ -15,17 +15,19 @@ use crate::error::{Refusal, refusal};
 /// # Errors
 ///
 /// The refusal for the client.
-pub fn read(version: Version, said: &Said) -> Result<Body, &'static Refusal> {
-    let coded = said.coding != Coding::Absent;
-    if coded && (version != Version::HTTP_11 || said.length != Length::Absent || said.coding_fields > 1) {
+pub fn read(version: Version, length_fields: &LengthFields) -> Result<Body, &'static Refusal> {
+    let coded = length_fields.coding != Coding::Absent;
+    if coded
+        && (version != Version::HTTP_11 || length_fields.length != Length::Absent || length_fields.coding_fields > 1)
+    {
         return Err(&refusal::HEADER_FRAMING);
     }
-    match (said.length, said.coding) {
+    match (length_fields.length, length_fields.coding) {
         (Length::Absent, Coding::Absent) if version == Version::HTTP_2 => Ok(Body::UntilEnd),
         (Length::Absent, Coding::Absent) => Ok(Body::None),
         (Length::One(length), Coding::Absent) => Ok(Body::Length(length)),
         (Length::Repeated(_) | Length::Faulty, Coding::Absent) => Err(&refusal::HEADER_FRAMING),
-        (_, Coding::Chunked) if said.coding_items == 1 => Ok(Body::Chunked),
+        (_, Coding::Chunked) if length_fields.coding_items == 1 => Ok(Body::Chunked),
         (_, _) => Err(&refusal::HEADER_ENCODING),
     }
 }
@@ -65,17 +67,17 @@ pub fn apply(body: Body, header: &mut RequestHeader) -> Result<(), Box<pingora::
 mod tests {
     use super::*;
 
-    fn said(lengths: &[&str], codings: &[&str]) -> Said {
-        let mut said = Said::default();
-        lengths.iter().for_each(|value| said.add_length(value.as_bytes()));
-        codings.iter().for_each(|value| said.add_coding(value.as_bytes()));
-        said
+    fn length_fields(lengths: &[&str], codings: &[&str]) -> LengthFields {
+        let mut length_fields = LengthFields::default();
+        lengths.iter().for_each(|value| length_fields.add_length(value.as_bytes()));
+        codings.iter().for_each(|value| length_fields.add_coding(value.as_bytes()));
+        length_fields
     }
 
     /// The results for HTTP/1.0, HTTP/1.1 and HTTP/2.
     fn found(lengths: &[&str], codings: &[&str]) -> [Result<Body, &'static str>; 3] {
         [Version::HTTP_10, Version::HTTP_11, Version::HTTP_2]
-            .map(|version| read(version, &said(lengths, codings)).map_err(|refusal| refusal.reason))
+            .map(|version| read(version, &length_fields(lengths, codings)).map_err(|refusal| refusal.reason))
     }
 
     #[test]
@@ -149,7 +151,7 @@ mod tests {
             }
             apply(over_h1, &mut header).expect("valid values");
             // `read` must understand the header as intended. Without a body, the endpoint must not wait for one.
-            assert_eq!(read(h1, &Said::of(&header.headers)), Ok(over_h1));
+            assert_eq!(read(h1, &LengthFields::of(&header.headers)), Ok(over_h1));
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::proxy::header::Rules;
 use crate::proxy::route::{decide, holds, query};
 use crate::proxy::routes::table::{Query, Table};
 
-use super::parts::{Fit, Ground, Parts, fittings};
+use super::parts::{Base, Fit, Parts, fittings};
 
 /// Connection limits do not matter: no connection is made.
 const UNLIMITED: u64 = 1 << 20;
@@ -179,8 +179,8 @@ impl Explainer {
     /// All errors of the configuration.
     pub fn new(catalog: &Catalog, config: Config) -> Result<Explainer, Vec<BuildError>> {
         let metrics = Metrics::new(u64::MAX, Vec::new());
-        let ground = Ground::offline(catalog.clone(), metrics.clone());
-        let mut parts = Parts::build(&ground, &config, None)?;
+        let base = Base::offline(catalog.clone(), metrics.clone());
+        let mut parts = Parts::build(&base, &config, None)?;
         let accounts = Accounts::new(config.client_prefix(), &config.trusted_proxies, config.listeners.len());
         let common = Common::new(Shares::new(UNLIMITED, 0, 0.5, 0.25), accounts);
         let mut listeners = Vec::new();
@@ -197,7 +197,7 @@ impl Explainer {
             rules: Rules::of(&config),
             additions: Additions { forwarded: config.forwarded, via: config.via },
         };
-        let challenges = ground.challenges.clone();
+        let challenges = base.challenges.clone();
         Ok(Explainer { config, metrics, challenges, generation, listeners })
     }
 

@@ -28,10 +28,10 @@ const PASSED_MAX: usize = 1 << 20;
 
 /// Open sockets that wait for a listener. Clones share them.
 #[derive(Clone, Default)]
-pub struct Inherited(Arc<Mutex<Vec<Heirloom>>>);
+pub struct Inherited(Arc<Mutex<Vec<InheritedSocket>>>);
 
 /// One inherited socket.
-struct Heirloom {
+struct InheritedSocket {
     label: Label,
     opener: Opener,
     bound: Bound,
@@ -104,7 +104,7 @@ impl Inherited {
     pub fn add(&self, label: Label, opener: Opener, fd: OwnedFd) -> Result<(), String> {
         let bound = bound(fd.as_fd())?;
         SockRef::from(&fd).set_nonblocking(true).map_err(|error| error.to_string())?;
-        lock(&self.0).push(Heirloom { label, opener, bound, fd, used: false });
+        lock(&self.0).push(InheritedSocket { label, opener, bound, fd, used: false });
         Ok(())
     }
 
@@ -121,29 +121,29 @@ impl Inherited {
     }
 
     fn take(&self, listener: &str, address: &Address, mode: FileMode) -> Option<io::Result<Socket>> {
-        let mut heirlooms = lock(&self.0);
+        let mut inherited_sockets = lock(&self.0);
         // A name is resolved only if there are inherited sockets to compare with.
-        let resolved = match (address.unix_path(), heirlooms.is_empty()) {
+        let resolved = match (address.unix_path(), inherited_sockets.is_empty()) {
             (None, false) => address.0.to_socket_addrs().map(Iterator::collect).unwrap_or_default(),
             _ => Vec::new(),
         };
         let wanted = Wanted { listener, address, resolved };
-        let best = (0..heirlooms.len()).filter_map(|index| {
-            let Heirloom { label, bound, .. } = &heirlooms[index];
+        let best = (0..inherited_sockets.len()).filter_map(|index| {
+            let InheritedSocket { label, bound, .. } = &inherited_sockets[index];
             Some((wanted.closeness(label, bound)?, index))
         });
         let (_, index) = best.min()?;
-        let (tcp, unix) = match &heirlooms[index].bound {
+        let (tcp, unix) = match &inherited_sockets[index].bound {
             Bound::Tcp { address, .. } => (Some(*address), None),
             Bound::Unix(path) => (None, Some((path.display().to_string(), mode))),
         };
-        let opener = heirlooms[index].opener;
+        let opener = inherited_sockets[index].opener;
         let fd = match opener {
             Opener::ServiceManager => {
-                heirlooms[index].used = true;
-                heirlooms[index].fd.try_clone()
+                inherited_sockets[index].used = true;
+                inherited_sockets[index].fd.try_clone()
             }
-            Opener::Predecessor => Ok(heirlooms.remove(index).fd),
+            Opener::Predecessor => Ok(inherited_sockets.remove(index).fd),
         };
         Some(fd.map(|fd| Socket::inherited(tcp, unix, opener, fd)))
     }
@@ -154,8 +154,8 @@ impl Inherited {
     ///
     /// The system has no descriptor left.
     pub fn of_manager(&self) -> io::Result<Vec<(Label, OwnedFd)>> {
-        let heirlooms = lock(&self.0);
-        let passed = heirlooms.iter().filter(|one| one.opener == Opener::ServiceManager);
+        let inherited_sockets = lock(&self.0);
+        let passed = inherited_sockets.iter().filter(|one| one.opener == Opener::ServiceManager);
         passed.map(|one| Ok((one.label.clone(), one.fd.try_clone()?))).collect()
     }
 
@@ -163,7 +163,7 @@ impl Inherited {
     /// files of its unix sockets.
     pub fn settle(&self) -> Vec<PathBuf> {
         let mut files = Vec::new();
-        lock(&self.0).retain(|Heirloom { label, opener, bound, used, .. }| {
+        lock(&self.0).retain(|InheritedSocket { label, opener, bound, used, .. }| {
             match opener {
                 Opener::ServiceManager if !used => tracing::warn!(
                     name = label.listener,

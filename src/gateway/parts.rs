@@ -45,7 +45,7 @@ use super::running::Running;
 const MIRROR_POOL: usize = 128;
 
 /// The base that configurations are built on. It belongs to the process and outlives each configuration.
-pub struct Ground {
+pub struct Base {
     /// The filters.
     pub catalog: Catalog,
     /// The metrics.
@@ -70,12 +70,12 @@ pub struct Ground {
     offline: bool,
 }
 
-impl Ground {
+impl Base {
     /// Creates the base of a new process.
-    pub fn new(catalog: Catalog, metrics: Metrics) -> Ground {
+    pub fn new(catalog: Catalog, metrics: Metrics) -> Base {
         let challenges = Challenges::new(metrics.challenges());
         let checks = Places::new(Server::default().checks_at_once(), metrics.check_places());
-        Ground {
+        Base {
             catalog,
             metrics,
             checks,
@@ -91,8 +91,8 @@ impl Ground {
     }
 
     /// Creates a base for explanations only.
-    pub fn offline(catalog: Catalog, metrics: Metrics) -> Ground {
-        Ground { offline: true, ..Ground::new(catalog, metrics) }
+    pub fn offline(catalog: Catalog, metrics: Metrics) -> Base {
+        Base { offline: true, ..Base::new(catalog, metrics) }
     }
 
     fn mirrors(&self) -> &Arc<Connector> {
@@ -173,14 +173,14 @@ impl Parts {
     /// # Errors
     ///
     /// All errors that were found.
-    pub fn build(ground: &Ground, config: &Config, before: Option<&Running>) -> Result<Parts, Vec<BuildError>> {
+    pub fn build(base: &Base, config: &Config, before: Option<&Running>) -> Result<Parts, Vec<BuildError>> {
         let mut errors = Vec::new();
-        let upstreams = upstreams(ground, config, before, &mut errors);
+        let upstreams = upstreams(base, config, before, &mut errors);
         let Plan { listeners: sources, admin: admin_sources, issuers } = kept(Plan::of(config), &mut errors);
-        let tls = listeners_tls(ground, config, sources, before, &mut errors);
-        let admin_tls = admin_tls(ground, config, admin_sources, before);
+        let tls = listeners_tls(base, config, sources, before, &mut errors);
+        let admin_tls = admin_tls(base, config, admin_sources, before);
         let admin_tls = kept(admin_tls.map_err(|found| under("admin.tls", found)), &mut errors);
-        let (rules, listed) = routes(ground, config, &upstreams, &mut errors);
+        let (rules, listed) = routes(base, config, &upstreams, &mut errors);
         let observability = &config.observability;
         let mut named =
             |written, path: &str| kept(text::named(written).map_err(|found| under(path, found)), &mut errors);
@@ -213,7 +213,7 @@ fn under(path: &str, found: Vec<BuildError>) -> Vec<BuildError> {
 
 /// The upstreams by name, with the addresses of new ones resolved.
 fn upstreams(
-    ground: &Ground,
+    base: &Base,
     config: &Config,
     before: Option<&Running>,
     errors: &mut Vec<BuildError>,
@@ -221,20 +221,20 @@ fn upstreams(
     let mut upstreams = BTreeMap::new();
     let running = |name: &String| before.and_then(|before| before.upstreams.get(name));
     for (name, written) in &config.upstreams {
-        match Upstream::build_after(name, written, ground.metrics.upstream(name), &ground.checks, running(name)) {
+        match Upstream::build_after(name, written, base.metrics.upstream(name), &base.checks, running(name)) {
             Ok(upstream) => drop(upstreams.insert(name.clone(), upstream)),
             Err(found) => errors.extend(found),
         }
     }
     let is_new = |name: &String, upstream: &Arc<Upstream>| running(name).is_none_or(|old| !Arc::ptr_eq(old, upstream));
-    let new = upstreams.iter().filter(|(name, upstream)| !ground.offline && is_new(name, upstream));
+    let new = upstreams.iter().filter(|(name, upstream)| !base.offline && is_new(name, upstream));
     errors.extend(upstream::look_up(new.map(|(_, upstream)| upstream)));
     upstreams
 }
 
 /// The TLS settings of each listener, in file order; `sources` are the sources of their certificates.
 fn listeners_tls(
-    ground: &Ground,
+    base: &Base,
     config: &Config,
     sources: Vec<Vec<Source>>,
     before: Option<&Running>,
@@ -245,7 +245,7 @@ fn listeners_tls(
         let (name, spoken) = (&written.name, written.spoken());
         let running = before.and_then(|before| before.listener(name)).and_then(|listener| listener.tls.as_ref());
         let built = written.tls.as_ref().map(|tls| {
-            let (challenges, metrics) = (ground.challenges.clone(), ground.metrics.tls(name));
+            let (challenges, metrics) = (base.challenges.clone(), base.metrics.tls(name));
             let earlier = running.map(|tls| &**tls);
             let built = Tls::build(tls, sources.clone(), name, spoken, challenges, metrics, earlier);
             built.map(|built| Fit::of(built, running, (tls, &sources, spoken)))
@@ -260,7 +260,7 @@ fn listeners_tls(
 
 /// The TLS settings of the admin endpoint, if it has any.
 fn admin_tls(
-    ground: &Ground,
+    base: &Base,
     config: &Config,
     sources: Vec<Source>,
     before: Option<&Running>,
@@ -268,9 +268,9 @@ fn admin_tls(
     const SPOKEN: &[Protocol] = &[Protocol::Http1];
     let Some(tls) = config.admin.tls.as_ref().filter(|_| config.admin.enabled) else { return Ok(None) };
     // Issuers do not connect to the admin endpoint.
-    let unasked = Challenges::new(ground.metrics.challenges());
+    let unasked = Challenges::new(base.metrics.challenges());
     let running = before.and_then(|before| before.admin_tls.as_ref());
-    let (metrics, earlier) = (ground.metrics.tls("admin"), running.map(|tls| &**tls));
+    let (metrics, earlier) = (base.metrics.tls("admin"), running.map(|tls| &**tls));
     let built = Tls::build(tls, sources.clone(), "admin", SPOKEN, unasked, metrics, earlier)?;
     Ok(Some(Fit::of(built, running, (tls, &sources, SPOKEN))))
 }
@@ -278,24 +278,24 @@ fn admin_tls(
 /// The routes with their match conditions, and for `/status`. If the filters of a route have errors, the rest of it
 /// is still checked.
 fn routes(
-    ground: &Ground,
+    base: &Base,
     config: &Config,
     upstreams: &BTreeMap<String, Arc<Upstream>>,
     errors: &mut Vec<BuildError>,
 ) -> (Vec<(Match, Arc<Route>)>, Vec<Listed>) {
     let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
-    let metrics = &ground.metrics;
-    let callees = Directory::new(upstreams, metrics, &ground.calls);
-    let keeping = ground.kept.begin();
+    let metrics = &base.metrics;
+    let callees = Directory::new(upstreams, metrics, &base.calls);
+    let keeping = base.kept.begin();
     for (index, written) in config.routes.iter().enumerate() {
         let place = format!("routes[{index}]");
         let around = Surroundings::new(config.directory(), &written.name, metrics, &callees);
-        let around = around.keeping(&keeping).watching(&ground.files);
-        match ground.catalog.chain_in(&written.filters, &around) {
+        let around = around.keeping(&keeping).watching(&base.files);
+        match base.catalog.chain_in(&written.filters, &around) {
             Ok(chain) => {
                 let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);
                 let mut route = Route::build(written, chain, upstreams, &config.resources, metrics);
-                route.mirror = Mirror::build(written, upstreams, metrics, || ground.mirrors().clone());
+                route.mirror = Mirror::build(written, upstreams, metrics, || base.mirrors().clone());
                 let split = written.upstreams.iter().map(|side| side.name.clone());
                 let conditional = route.chain.conditional().map(|(filter, when, skipped)| Conditional {
                     filter,

@@ -15,7 +15,7 @@ use pingora::services::listening::Service as ListeningService;
 use pingora_proxy::{HttpProxy, ProcessCustomSession, ProxyServiceBuilder};
 use tokio::sync::watch;
 
-use super::parts::{Ground, Parts};
+use super::parts::{Base, Parts};
 use super::web::{Openings, Web};
 use crate::access_log::AccessLog;
 use crate::admin::Readiness;
@@ -155,10 +155,10 @@ impl Process {
         &mut self,
         config: &Config,
         current: Current,
-        ground: &Ground,
+        base: &Base,
         outputs: &Outputs,
     ) -> Result<Openings, BuildError> {
-        let metrics = &ground.metrics;
+        let metrics = &base.metrics;
         let lanes = Lanes::new(metrics.clone(), self.depot.disk.backlog(), config.resources.turn.0);
         let settler = Arc::new(Settler {
             unrouted: outputs.unrouted.clone(),
@@ -174,7 +174,7 @@ impl Process {
             stopping: stopping.clone(),
             depot: self.depot.clone(),
             lanes: lanes.clone(),
-            challenges: ground.challenges.clone(),
+            challenges: base.challenges.clone(),
             steering: Steering {
                 on: uses_own_driver(),
                 shares_tasks: config.server.work_stealing,
@@ -182,7 +182,7 @@ impl Process {
             },
         };
         let (cut, inflight) = (self.endings.cut.clone(), self.endings.inflight.clone());
-        let ending = Ending { stopping, cut, inflight, undertaker: settler };
+        let ending = Ending { stopping, cut, inflight, settler };
         let (log, slow) = (outputs.log.clone(), self.depot.slow.clone());
         let desk = Desk::new(metrics.clone(), log, ending, slow, lanes, outputs.unrouted.clone());
         let front = Arc::new(Front::new(self.driver(proxy), Arc::new(desk)));

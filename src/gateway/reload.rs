@@ -312,7 +312,7 @@ impl Engine {
         config.admin = runs.admin.clone();
         config.observability = runs.observability.clone();
         let stage = &self.stage;
-        let built = prepare(&stage.ground, &stage.common, stage.user.as_ref(), config, Some(&self.running));
+        let built = prepare(&stage.base, &stage.common, stage.user.as_ref(), config, Some(&self.running));
         built.map_err(|obstacle| {
             let errors = match obstacle {
                 Obstacle::Wrong(errors) => errors,
@@ -342,8 +342,8 @@ impl Engine {
         let names = names(&before.config);
         let Running { generation, upstreams, listeners, .. } = before;
         let stays: BTreeSet<*const Listener> =
-            self.running.listeners.iter().map(|standing| Arc::as_ptr(&standing.listener)).collect();
-        let left = listeners.into_iter().map(|standing| standing.listener);
+            self.running.listeners.iter().map(|open_listener| Arc::as_ptr(&open_listener.listener)).collect();
+        let left = listeners.into_iter().map(|open_listener| open_listener.listener);
         self.leaving.extend(left.filter(|listener| !stays.contains(&Arc::as_ptr(listener))));
         self.retired.push(Retired {
             epoch: Arc::downgrade(&generation.epoch),
@@ -399,7 +399,7 @@ impl Engine {
                 .map(String::as_str)
                 .collect();
             if !gone.is_empty() {
-                self.stage.ground.metrics.forget(label, &gone);
+                self.stage.base.metrics.forget(label, &gone);
             }
         }
     }
@@ -412,7 +412,7 @@ impl Engine {
             change.drains = match change.effect {
                 Effect::ListenerCloses => {
                     let found = self.running.listeners.iter().find(|one| Some(&*one.listener.name) == name(1));
-                    found.map(|standing| standing.listener.connections_open())
+                    found.map(|open_listener| open_listener.listener.connections_open())
                 }
                 Effect::EndpointDrained => name(1).and_then(|upstream| {
                     let members = self.running.upstreams.get(upstream)?.members();

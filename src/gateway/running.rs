@@ -22,7 +22,7 @@ pub struct Running {
     /// The upstreams, by name.
     pub upstreams: BTreeMap<String, Arc<Upstream>>,
     /// The listeners, in file order.
-    pub listeners: Vec<Standing>,
+    pub listeners: Vec<OpenListener>,
     /// The TLS of the admin endpoint.
     pub admin_tls: Option<Arc<Tls>>,
     /// The ACME client.
@@ -32,7 +32,7 @@ pub struct Running {
 }
 
 /// A listener and its socket.
-pub struct Standing {
+pub struct OpenListener {
     /// The listener.
     pub listener: Arc<Listener>,
     /// The acceptor of its connections.
@@ -46,7 +46,7 @@ pub struct Standing {
 impl Running {
     /// The listener of this name.
     pub fn listener(&self, name: &str) -> Option<&Listener> {
-        Some(&self.listeners.iter().find(|standing| standing.listener.name == name)?.listener)
+        Some(&self.listeners.iter().find(|open_listener| open_listener.listener.name == name)?.listener)
     }
 
     /// The settings of the listener of this name.
@@ -73,18 +73,19 @@ impl Running {
         let mut relayed =
             written.passthrough.iter().map(|one| &one.upstream).chain(written.tcp.iter().map(|tcp| &tcp.upstream));
         let same = self.written(&written.name) == Some(written) && relayed.all(same_upstream);
-        let standing = self.listeners.iter().find(|standing| same && standing.listener.name == written.name)?;
-        same_tls(&standing.listener).then(|| standing.listener.clone())
+        let open_listener =
+            self.listeners.iter().find(|open_listener| same && open_listener.listener.name == written.name)?;
+        same_tls(&open_listener.listener).then(|| open_listener.listener.clone())
     }
 
     /// The open socket at this listener's address, of any listener. For port 0, the socket of the listener with the
     /// same name.
-    pub fn open_at(&self, written: &config::Listener) -> Option<&Standing> {
+    pub fn open_at(&self, written: &config::Listener) -> Option<&OpenListener> {
         let any_port = written.address.0.ends_with(":0");
         let mut named = self.config.listeners.iter().zip(&self.listeners);
         let found = named
             .find(|(earlier, _)| earlier.address == written.address && (!any_port || earlier.name == written.name));
-        found.map(|(_, standing)| standing)
+        found.map(|(_, open_listener)| open_listener)
     }
 
     /// Whether the same certificates are requested from issuers.
@@ -101,7 +102,7 @@ impl Running {
 
     /// All TLS settings whose certificates are kept up to date.
     pub fn secured(&self) -> Vec<Arc<Tls>> {
-        let listeners = self.listeners.iter().filter_map(|standing| standing.listener.tls.clone());
+        let listeners = self.listeners.iter().filter_map(|open_listener| open_listener.listener.tls.clone());
         listeners.chain(self.admin_tls.clone()).collect()
     }
 }

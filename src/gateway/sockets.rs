@@ -149,23 +149,23 @@ impl Place {
 
 /// A listening socket and its acceptor.
 #[derive(Clone)]
-pub struct Station {
+pub struct OpenSocket {
     /// The address.
     pub place: Place,
     /// The acceptor.
-    pub clerk: Clerk,
+    pub acceptor: SocketAcceptor,
 }
 
 /// The acceptor of a socket.
 #[derive(Clone)]
-pub enum Clerk {
+pub enum SocketAcceptor {
     /// A listener.
     Listener(Arc<Acceptor>),
     /// The admin endpoint.
     Admin(Arc<Reception>),
 }
 
-impl Clerk {
+impl SocketAcceptor {
     /// A duplicate of the socket, for another process; `None` if it is closed.
     ///
     /// # Errors
@@ -173,24 +173,24 @@ impl Clerk {
     /// The system has no descriptor left.
     pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
         match self {
-            Clerk::Listener(acceptor) => acceptor.duplicate(),
-            Clerk::Admin(reception) => reception.duplicate(),
+            SocketAcceptor::Listener(acceptor) => acceptor.duplicate(),
+            SocketAcceptor::Admin(reception) => reception.duplicate(),
         }
     }
 
     /// Lets another process accept the connections from now on.
     pub fn hand_over(&self) {
         match self {
-            Clerk::Listener(acceptor) => acceptor.give_up(),
-            Clerk::Admin(reception) => reception.close(),
+            SocketAcceptor::Listener(acceptor) => acceptor.give_up(),
+            SocketAcceptor::Admin(reception) => reception.close(),
         }
     }
 
     /// Whether it accepts no more client connections.
     pub fn has_left(&self) -> bool {
         match self {
-            Clerk::Listener(acceptor) => acceptor.duplicate().is_ok_and(|open| open.is_none()),
-            Clerk::Admin(_) => true,
+            SocketAcceptor::Listener(acceptor) => acceptor.duplicate().is_ok_and(|open| open.is_none()),
+            SocketAcceptor::Admin(_) => true,
         }
     }
 }

@@ -26,10 +26,10 @@ use crate::proxy::header::Rules;
 use crate::upkeep::InUse;
 use crate::upstream::Upstream;
 
-use super::parts::{Fit, Ground, Parts, expired, fittings};
+use super::parts::{Base, Fit, Parts, expired, fittings};
 use super::privileges::User;
-use super::running::{Running, Standing};
-use super::sockets::{Clerk, Place, Station};
+use super::running::{OpenListener, Running};
+use super::sockets::{OpenSocket, Place, SocketAcceptor};
 use super::web::Openings;
 
 /// Why a configuration cannot be activated.
@@ -58,18 +58,18 @@ impl From<Vec<BuildError>> for Obstacle {
 ///
 /// All errors of the configuration.
 pub fn prepare(
-    ground: &Ground,
+    base: &Base,
     common: &Arc<Common>,
     user: Option<&User>,
     config: Config,
     before: Option<&Running>,
 ) -> Result<Running, Obstacle> {
-    let parts = Parts::build(ground, &config, before)?;
+    let parts = Parts::build(base, &config, before)?;
     let expired = before.map_or(Vec::new(), |before| newly_expired(&parts, before));
     if !expired.is_empty() {
         return Err(Obstacle::Wrong(expired));
     }
-    assemble(parts, ground, common, user, config, before)
+    assemble(parts, base, common, user, config, before)
 }
 
 /// Certificates that clients would reject, except those already in use: rejecting them would block all other
@@ -90,7 +90,7 @@ fn newly_expired(parts: &Parts, before: &Running) -> Vec<BuildError> {
 /// The errors that building the parts does not detect.
 pub fn assemble(
     mut parts: Parts,
-    ground: &Ground,
+    base: &Base,
     common: &Arc<Common>,
     user: Option<&User>,
     config: Config,
@@ -105,12 +105,12 @@ pub fn assemble(
             Some(unchanged) => unchanged,
             None => {
                 let earlier = before.and_then(|before| before.listener(&written.name));
-                let fittings = fittings(written, tls, &parts.upstreams, &ground.metrics);
-                Arc::new(Listener::build(written, number, fittings, common, &ground.metrics, earlier))
+                let fittings = fittings(written, tls, &parts.upstreams, &base.metrics);
+                Arc::new(Listener::build(written, number, fittings, common, &base.metrics, earlier))
             }
         };
-        let standing = match before.and_then(|before| before.open_at(written)) {
-            Some(open) => Standing {
+        let open_listener = match before.and_then(|before| before.open_at(written)) {
+            Some(open) => OpenListener {
                 acceptor: open.acceptor.clone(),
                 place: Place {
                     listener: written.name.clone(),
@@ -122,22 +122,22 @@ pub fn assemble(
             },
             None => {
                 let failed = |source| Obstacle::Listen { index, source };
-                let opened = ground.inherited.open(&written.name, &written.address, written.mode);
+                let opened = base.inherited.open(&written.name, &written.address, written.mode);
                 let socket = opened.map_err(failed)?;
                 let place = Place::of(&written.name, &written.address, &socket);
                 // If this configuration fails, the file of an inherited socket is not removed.
                 let file = place.file.as_ref().filter(|_| socket.is_own()).map(|(file, _)| file.clone());
                 let acceptor = Acceptor::new(socket.into_fd(), listener.clone(), file).map_err(failed)?;
-                Standing { acceptor, place, kept: false, listener }
+                OpenListener { acceptor, place, kept: false, listener }
             }
         };
-        listeners.push(standing);
+        listeners.push(open_listener);
     }
     let admin_tls = parts.admin_tls.take().map(|fit| fit.ready("admin")).transpose().map_err(|error| vec![error])?;
     let acme = match before.filter(|before| before.asks_the_same(&config)) {
         Some(before) => before.acme.clone(),
         None => {
-            let acme = acme::build(parts.issuers, &ground.challenges, &ground.served, &ground.metrics)?;
+            let acme = acme::build(parts.issuers, &base.challenges, &base.served, &base.metrics)?;
             if let Some(acme) = &acme {
                 acme.prepare(user.and_then(User::to_become)).map_err(|error| vec![error])?;
                 // At start, Forebay has not yet switched to `server.user`.
@@ -166,7 +166,7 @@ pub fn assemble(
 /// The parts of the process that depend on the configuration.
 pub struct Stage {
     /// The base that configurations are built on.
-    pub ground: Ground,
+    pub base: Base,
     /// Shared by all listeners.
     pub common: Arc<Common>,
     /// The user that Forebay switched to, if any.
@@ -190,7 +190,7 @@ pub struct Stage {
     /// The settings of an upgrade.
     pub upgrade: Arc<Mutex<Upgrade>>,
     /// The sockets that accept connections, including the admin endpoint's.
-    pub stations: Arc<Mutex<Vec<Station>>>,
+    pub open_sockets: Arc<Mutex<Vec<OpenSocket>>>,
     /// Counts exchanges and connections per generation.
     pub ledger: Arc<Ledger>,
 }
@@ -227,7 +227,7 @@ impl Stage {
             listeners: running
                 .listeners
                 .iter()
-                .map(|standing| (standing.place.address.clone(), standing.listener.clone()))
+                .map(|open_listener| (open_listener.place.address.clone(), open_listener.listener.clone()))
                 .collect(),
             routes,
             upstreams: running.upstreams.values().cloned().collect(),
@@ -237,45 +237,46 @@ impl Stage {
         let kept = before.map(Running::secured).unwrap_or_default();
         // Kept certificates are read again: a reload may be the reaction to changed files.
         secured.iter().filter(|tls| kept.iter().any(|kept| Arc::ptr_eq(kept, tls))).for_each(|tls| tls.reload());
-        self.ground.served.store(Arc::new(secured.clone()));
+        self.base.served.store(Arc::new(secured.clone()));
         self.tls.set(secured);
         self.acme.set(running.acme.iter().cloned().collect());
-        self.ground.checks.set_limit(running.config.server.checks_at_once());
+        self.base.checks.set_limit(running.config.server.checks_at_once());
         *lock(&self.shutdown) = running.config.server.shutdown.clone();
         *lock(&self.upgrade) = running.config.server.upgrade.clone();
     }
 
     fn put_listeners_on(&self, running: &Running, before: Option<&Running>) {
-        let mut stations = lock(&self.stations);
-        for (standing, written) in running.listeners.iter().zip(&running.config.listeners) {
-            standing.listener.begin();
-            self.ledger.add_listener(&standing.listener);
-            if !standing.kept {
-                let clerk = Clerk::Listener(standing.acceptor.clone());
-                stations.push(Station { place: standing.place.clone(), clerk });
-                self.openings.open(standing.acceptor.clone());
+        let mut open_sockets = lock(&self.open_sockets);
+        for (open_listener, written) in running.listeners.iter().zip(&running.config.listeners) {
+            open_listener.listener.begin();
+            self.ledger.add_listener(&open_listener.listener);
+            if !open_listener.kept {
+                let acceptor = SocketAcceptor::Listener(open_listener.acceptor.clone());
+                open_sockets.push(OpenSocket { place: open_listener.place.clone(), acceptor });
+                self.openings.open(open_listener.acceptor.clone());
                 continue;
             }
-            if !Arc::ptr_eq(&standing.acceptor.listener(), &standing.listener) {
-                standing.acceptor.set_listener(standing.listener.clone());
+            if !Arc::ptr_eq(&open_listener.acceptor.listener(), &open_listener.listener) {
+                open_listener.acceptor.set_listener(open_listener.listener.clone());
             }
-            let (place, address) = (&standing.place, &standing.place.address);
-            if let Some(station) = stations.iter_mut().find(|station| station.place.address == *address) {
-                station.place = place.clone();
+            let (place, address) = (&open_listener.place, &open_listener.place.address);
+            if let Some(open_socket) = open_sockets.iter_mut().find(|open_socket| open_socket.place.address == *address)
+            {
+                open_socket.place = place.clone();
             }
             if let Some((file, _)) = &place.file
                 && let Err(error) = fs::set_permissions(file, fs::Permissions::from_mode(written.mode.0))
             {
-                tracing::warn!(listener = standing.listener.name, %error, "the mode of the socket stays as it is");
+                tracing::warn!(listener = open_listener.listener.name, %error, "the mode of the socket stays as it is");
             }
         }
         let now: HashSet<*const Acceptor> =
-            running.listeners.iter().map(|standing| Arc::as_ptr(&standing.acceptor)).collect();
+            running.listeners.iter().map(|open_listener| Arc::as_ptr(&open_listener.acceptor)).collect();
         for old in before.iter().flat_map(|before| &before.listeners) {
             if !now.contains(&Arc::as_ptr(&old.acceptor)) {
                 tracing::info!(listener = old.place.listener, address = old.place.address, "no longer listening");
                 old.acceptor.close();
-                stations.retain(|station| station.place.address != old.place.address);
+                open_sockets.retain(|open_socket| open_socket.place.address != old.place.address);
                 if let Some((file, _)) = &old.place.file {
                     // The receiver may already be gone.
                     let _ = fs::remove_file(file);
@@ -285,8 +286,8 @@ impl Stage {
                 old.listener.leave();
             }
         }
-        for standing in running.listeners.iter().filter(|standing| !standing.kept && before.is_some()) {
-            tracing::info!(listener = standing.place.listener, address = standing.place.address, "listening");
+        for open_listener in running.listeners.iter().filter(|open_listener| !open_listener.kept && before.is_some()) {
+            tracing::info!(listener = open_listener.place.listener, address = open_listener.place.address, "listening");
         }
     }
 }

@@ -13,13 +13,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::elders::Elders;
 use super::inherited::Inherited;
 use super::lock;
+use super::older_processes::OlderProcesses;
 use super::pid_file::PidFile;
 use super::process::Endings;
 use super::reload::Reloads;
-use super::sockets::Station;
+use super::sockets::OpenSocket;
 use super::stage::Ledger;
 use super::supervisor::Supervisor;
 use super::takeover::{Predecessor, Taken};
@@ -90,7 +90,7 @@ pub struct Stop {
     pub(super) upgrades: Upgrades,
     pub(super) upgrade: Arc<Mutex<Upgrade>>,
     /// Older processes, and counters of upgrades.
-    pub(super) elders: Elders,
+    pub(super) older_processes: OlderProcesses,
     pub(super) upgrade_metrics: UpgradeMetrics,
     pub(super) pid_file: Option<Arc<PidFile>>,
     /// Counts client connections.
@@ -104,7 +104,7 @@ pub struct Stop {
     pub(super) reception: Option<Arc<Reception>>,
     pub(super) log: Option<Arc<AccessLog>>,
     /// Logged once signals are handled: tools that wait for these lines may then send one.
-    pub(super) stations: Arc<Mutex<Vec<Station>>>,
+    pub(super) open_sockets: Arc<Mutex<Vec<OpenSocket>>>,
     /// Reloads the configuration, if it comes from a file.
     pub(super) reloads: Option<Reloads>,
     /// The service manager.
@@ -220,7 +220,7 @@ impl Stop {
 
     /// Accepts connections.
     fn serve(&self) {
-        for Station { place, .. } in lock(&self.stations).iter() {
+        for OpenSocket { place, .. } in lock(&self.open_sockets).iter() {
             tracing::info!(listener = place.listener, address = place.address, "listening");
         }
         if let Some(file) = &self.pid_file
@@ -257,7 +257,7 @@ impl Stop {
         if taken == Taken::Alone {
             tracing::warn!("the previous process has ended; this one serves in its place");
         }
-        for Station { place, .. } in lock(&self.stations).iter() {
+        for OpenSocket { place, .. } in lock(&self.open_sockets).iter() {
             if let Some((file, mode)) = &place.file
                 && let Err(error) = fs::set_permissions(file, fs::Permissions::from_mode(mode.0))
             {
@@ -265,14 +265,14 @@ impl Stop {
             }
         }
         self.serve();
-        let legacy = predecessor.legacy();
-        tracing::info!(version = legacy.version, "this process has taken over");
-        self.upgrade_metrics.begin(legacy.counted.iter().map(|(result, counted)| (&**result, *counted)));
+        let inheritance = predecessor.inheritance();
+        tracing::info!(version = inheritance.version, "this process has taken over");
+        self.upgrade_metrics.begin(inheritance.counted.iter().map(|(result, counted)| (&**result, *counted)));
         self.upgrade_metrics.count(UpgradeMetrics::DONE);
-        let mut ends = legacy.elders;
+        let mut ends = inheritance.older_processes;
         let watched = predecessor.end().and_then(|end| {
             ends.push(end);
-            self.elders.watch(ends, self.upgrade_metrics.clone())
+            self.older_processes.watch(ends, self.upgrade_metrics.clone())
         });
         if let Err(error) = watched {
             tracing::warn!(%error, "cannot watch for the end of the previous processes");

@@ -28,18 +28,18 @@ struct Inner {
     channel: Channel,
     /// The pipe that the parent half waits on.
     first_half: Mutex<Option<std::fs::File>>,
-    legacy: Mutex<Legacy>,
+    inheritance: Mutex<Inheritance>,
 }
 
 /// The inheritance of a new process in addition to sockets.
 #[derive(Debug, Default)]
-pub struct Legacy {
+pub struct Inheritance {
     /// The version of the previous process.
     pub version: String,
     /// Counters of upgrades.
     pub counted: Vec<(String, u64)>,
     /// The ends that report the exit of older processes.
-    pub elders: Vec<OwnedFd>,
+    pub older_processes: Vec<OwnedFd>,
 }
 
 /// The result for a process that was ready.
@@ -71,7 +71,7 @@ impl Predecessor {
         let first_half = fork(&channel).map_err(|error| format!("this process cannot be detached: {error}"))?;
         let here = FromNew::Here { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
         channel.say(&here, &[], PATIENCE).map_err(said)?;
-        let inner = Inner { channel, first_half: Mutex::new(Some(first_half)), legacy: Mutex::default() };
+        let inner = Inner { channel, first_half: Mutex::new(Some(first_half)), inheritance: Mutex::default() };
         Ok(Some(Predecessor(Arc::new(inner))))
     }
 
@@ -89,8 +89,8 @@ impl Predecessor {
                         inherited.add(passed.label, passed.opener, fd)?;
                     }
                 }
-                Ok(Heard::Message(FromOld::All { version, counted }, elders)) => {
-                    *lock(&self.0.legacy) = Legacy { version, counted, elders };
+                Ok(Heard::Message(FromOld::All { version, counted }, older_processes)) => {
+                    *lock(&self.0.inheritance) = Inheritance { version, counted, older_processes };
                     return Ok(());
                 }
                 Ok(Heard::Message(other, _)) => return Err(format!("the previous process sent {other:?}")),
@@ -102,8 +102,8 @@ impl Predecessor {
     }
 
     /// Takes the rest of the inheritance; once.
-    pub fn legacy(&self) -> Legacy {
-        std::mem::take(&mut *lock(&self.0.legacy))
+    pub fn inheritance(&self) -> Inheritance {
+        std::mem::take(&mut *lock(&self.0.inheritance))
     }
 
     /// Reports why this process will not run.

@@ -30,12 +30,12 @@ use crate::admin::{Admin, Voucher};
 use crate::config::server;
 use crate::metrics::upgrade::UpgradeMetrics;
 
-use super::elders::Elders;
 use super::handover::{AT_ONCE, Channel, FromNew, FromOld, Heard, Passed, VARIABLE, VERSION};
 use super::inherited::{Inherited, Label, Opener};
 use super::lock;
+use super::older_processes::OlderProcesses;
 use super::pid_file::PidFile;
-use super::sockets::Station;
+use super::sockets::OpenSocket;
 use super::supervisor::Supervisor;
 
 /// Timeout for steps of the new process that do not wait.
@@ -126,12 +126,12 @@ pub struct Upgrades(Arc<Inner>);
 
 struct Inner {
     program: Option<Program>,
-    stations: Arc<Mutex<Vec<Station>>>,
+    open_sockets: Arc<Mutex<Vec<OpenSocket>>>,
     inherited: Inherited,
     times: Arc<Mutex<server::Upgrade>>,
     metrics: UpgradeMetrics,
     supervisor: Supervisor,
-    elders: Elders,
+    older_processes: OlderProcesses,
     changing: Changing,
     pid_file: Weak<PidFile>,
     state: Mutex<State>,
@@ -204,7 +204,7 @@ pub struct Needs {
     /// The program to start.
     pub program: Option<Program>,
     /// The sockets to pass on.
-    pub stations: Arc<Mutex<Vec<Station>>>,
+    pub open_sockets: Arc<Mutex<Vec<OpenSocket>>>,
     /// Inherited sockets without a listener.
     pub inherited: Inherited,
     /// Time limits.
@@ -214,7 +214,7 @@ pub struct Needs {
     /// The service manager.
     pub supervisor: Supervisor,
     /// Older processes.
-    pub elders: Elders,
+    pub older_processes: OlderProcesses,
     /// Excludes reloads.
     pub changing: Changing,
     /// `server.pid_file`, which the stop of the process owns and removes.
@@ -224,17 +224,18 @@ pub struct Needs {
 impl Upgrades {
     /// The upgrades of this process.
     pub fn new(needs: Needs) -> Upgrades {
-        let Needs { program, stations, inherited, times, metrics, supervisor, elders, changing, pid_file } = needs;
+        let Needs { program, open_sockets, inherited, times, metrics, supervisor, older_processes, changing, pid_file } =
+            needs;
         let (handed_over, _) = watch::channel(false);
         let state = Mutex::new(State::Alone);
         let inner = Inner {
             program,
-            stations,
+            open_sockets,
             inherited,
             times,
             metrics,
             supervisor,
-            elders,
+            older_processes,
             changing,
             pid_file,
             state,
@@ -304,7 +305,7 @@ impl Upgrades {
         if std::process::id() == 1 {
             return Err("this is the first process of its container, which ends with it: replace the container".into());
         }
-        let (most, draining) = (lock(&inner.times).processes.0, inner.elders.count());
+        let (most, draining) = (lock(&inner.times).processes.0, inner.older_processes.count());
         if draining as u64 >= most {
             return Err(format!("{draining} older processes still drain, and server.upgrade.processes is {most}"));
         }
@@ -369,10 +370,10 @@ impl Upgrades {
 
     /// Stops accepting before the upgrade is reported, so that new connections reach only the new process.
     fn stop_accepting(&self) {
-        let stations = lock(&self.0.stations).clone();
-        stations.iter().for_each(|station| station.clerk.hand_over());
+        let open_sockets = lock(&self.0.open_sockets).clone();
+        open_sockets.iter().for_each(|open_socket| open_socket.acceptor.hand_over());
         let began = Instant::now();
-        while began.elapsed() < END && !stations.iter().all(|station| station.clerk.has_left()) {
+        while began.elapsed() < END && !open_sockets.iter().all(|open_socket| open_socket.acceptor.has_left()) {
             thread::sleep(LOOK);
         }
     }
@@ -457,9 +458,11 @@ impl Upgrades {
     fn pass(&self, channel: &Channel, until: Instant) -> io::Result<()> {
         let inner = &*self.0;
         let mut passed = Vec::new();
-        for Station { place, clerk } in lock(&inner.stations).iter().filter(|station| !station.place.is_managers) {
+        for OpenSocket { place, acceptor } in
+            lock(&inner.open_sockets).iter().filter(|open_socket| !open_socket.place.is_managers)
+        {
             let label = Label { listener: place.listener.clone(), written: place.written.clone() };
-            if let Some(fd) = clerk.duplicate()? {
+            if let Some(fd) = acceptor.duplicate()? {
                 passed.push((Passed { label, opener: Opener::Predecessor }, fd));
             }
         }
@@ -473,7 +476,7 @@ impl Upgrades {
         // The new process counts the current upgrade itself.
         let counted = Done::COUNTED.map(|done| (done.name().to_owned(), inner.metrics.counted(done.name())));
         let all = FromOld::All { version: env!("CARGO_PKG_VERSION").to_owned(), counted: counted.into() };
-        channel.say(&all, &inner.elders.duplicates()?, until.saturating_duration_since(Instant::now()))
+        channel.say(&all, &inner.older_processes.duplicates()?, until.saturating_duration_since(Instant::now()))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::phase::Phase;
 
 /// If a party delayed an endpoint for longer than this, over all waits of the attempt, the delay may be the reason for
 /// the endpoint's failure.
-pub const DAWDLING: Duration = Duration::from_secs(1);
+pub const DELAY_MAX: Duration = Duration::from_secs(1);
 
 /// The endpoint is at fault for a missed deadline if the exchange waited for it during this share of the deadline. The
 /// rest is the gateway's own overhead. Below this share, other parties contributed to the delay.

@@ -20,9 +20,9 @@ pub struct Waits {
 }
 
 /// Reports how long an endpoint was delayed.
-pub trait KeepsWaiting: Send + Sync {
+pub trait DelaysEndpoint: Send + Sync {
     /// The time of the current attempt that was spent waiting for other parties than the endpoint.
-    fn kept_waiting(&self, now: Instant) -> Duration;
+    fn endpoint_delay(&self, now: Instant) -> Duration;
 }
 
 impl Waits {
@@ -92,8 +92,8 @@ impl Waits {
     }
 }
 
-impl KeepsWaiting for Waits {
-    fn kept_waiting(&self, now: Instant) -> Duration {
+impl DelaysEndpoint for Waits {
+    fn endpoint_delay(&self, now: Instant) -> Duration {
         let others = Party::ALL.into_iter().filter(|&party| party != Party::Endpoint);
         others.map(|party| self.spent(party, now)).sum()
     }
@@ -124,7 +124,7 @@ mod tests {
         waits.restart(Party::Endpoint, began + ms(30));
         assert_eq!(waits.present(), (Party::Endpoint, began + ms(30)));
         assert_eq!(waits.spent(Party::Endpoint, began + ms(35)), ms(25));
-        assert_eq!(waits.kept_waiting(began + ms(35)), ms(0));
+        assert_eq!(waits.endpoint_delay(began + ms(35)), ms(0));
     }
 
     #[test]
@@ -134,7 +134,7 @@ mod tests {
         waits.begin_attempt(ms(0), began);
         waits.turn_to(Party::Client, began + ms(5));
         waits.begin_attempt(ms(0), began + ms(50));
-        assert_eq!(waits.kept_waiting(began + ms(60)), ms(0));
+        assert_eq!(waits.endpoint_delay(began + ms(60)), ms(0));
         assert_eq!(waits.spent(Party::Endpoint, began + ms(60)), ms(10));
     }
 
@@ -144,7 +144,7 @@ mod tests {
         let waits = Waits::new(began);
         waits.begin_attempt(ms(900), began);
         waits.note_lag(ms(900), began + ms(10));
-        assert_eq!(waits.kept_waiting(began + ms(10)), ms(0), "it was late before");
+        assert_eq!(waits.endpoint_delay(began + ms(10)), ms(0), "it was late before");
         waits.note_lag(ms(960), began + ms(100));
         assert_eq!(waits.present(), (Party::Endpoint, began + ms(60)), "its clock did not run");
         assert_eq!(waits.spent(Party::Endpoint, began + ms(100)), ms(40));
@@ -174,7 +174,7 @@ mod tests {
                 prop_assert_eq!(waits.party(), party);
             }
             prop_assert_eq!(Party::ALL.map(|party| waits.spent(party, now)), expected);
-            prop_assert_eq!(waits.kept_waiting(now) + waits.spent(Party::Endpoint, now), now - began);
+            prop_assert_eq!(waits.endpoint_delay(now) + waits.spent(Party::Endpoint, now), now - began);
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::client::stream::Bypass;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
-use crate::framing::{self, Said};
+use crate::framing::{self, LengthFields};
 use crate::metrics::mirror::Fate;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
@@ -165,7 +165,7 @@ fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
 }
 
 fn announced(request: &RequestHeader) -> Option<u64> {
-    match framing::request::read(request.version, &Said::of(&request.headers)) {
+    match framing::request::read(request.version, &LengthFields::of(&request.headers)) {
         Ok(framing::Body::Length(length)) => Some(length),
         _ => None,
     }

@@ -355,7 +355,7 @@ impl Callee {
         match choice {
             Choice::Engaged(engaged) => Ok(engaged),
             Choice::Away(_) => Err(self.reject(&refusal::SELECT_BREAKER_OPEN, CallError::Away)),
-            Choice::Full | Choice::Nobody => Err(self.reject(&refusal::SELECT_NO_ENDPOINT, CallError::NoEndpoint)),
+            Choice::Full | Choice::NoEndpoint => Err(self.reject(&refusal::SELECT_NO_ENDPOINT, CallError::NoEndpoint)),
         }
     }
 

@@ -41,7 +41,7 @@ pub fn made(
     exchange.attempts.channel.tail = Tail::of(digest);
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let (Some(link), true) = (&exchange.link, http1) {
-        link.comes_through(Some(Window::new(socket)));
+        link.set_window(Some(Window::new(socket)));
     }
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);

@@ -266,7 +266,7 @@ impl Exchange {
     pub fn release(&mut self, end: impl FnOnce(&Attempt) -> Outcome, now: Instant) {
         let Some(mut attempt) = self.attempts.release(now) else { return };
         if let Some(link) = self.link.as_ref().filter(|_| attempt.is_connected()) {
-            link.comes_through(None);
+            link.set_window(None);
         }
         let outcome = end(&attempt);
         if let Some(noted) = self.notes().and_then(|notes| notes.present()) {

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use pingora::{Error, ErrorSource, ErrorType, RetryType};
 
 use super::exchange::Exchange;
-use crate::party::limits::DAWDLING;
-use crate::party::{Fault, KeepsWaiting, Party, What};
+use crate::party::limits::DELAY_MAX;
+use crate::party::{DelaysEndpoint, Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::transport::http2::HUNG_UP;
 
@@ -70,7 +70,7 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
             match kept && phase != Phase::Receive && is_free && !matches!(error.etype(), H2Error) {
                 true => endpoint(What::Stale),
                 false => endpoint(match &exchange.link {
-                    Some(link) => breakage(link.kept_waiting(Instant::now())),
+                    Some(link) => breakage(link.endpoint_delay(Instant::now())),
                     // The other protocol has its own ends.
                     None if phase == Phase::Receive => What::GaveUp,
                     None => What::Broke,
@@ -92,8 +92,8 @@ fn has_had_its_time(exchange: &Exchange) -> bool {
 }
 
 /// The meaning of a connection that breaks off after other parties kept its endpoint waiting for this time.
-pub(super) fn breakage(kept_waiting: Duration) -> What {
-    if kept_waiting > DAWDLING { What::GaveUp } else { What::Broke }
+pub(super) fn breakage(endpoint_delay: Duration) -> What {
+    if endpoint_delay > DELAY_MAX { What::GaveUp } else { What::Broke }
 }
 
 fn of_client(phase: Phase, kind: &ErrorType) -> Fault {

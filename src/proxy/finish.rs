@@ -13,11 +13,11 @@ use super::blame;
 use super::exchange::Exchange;
 use super::fault;
 use crate::access_log::AccessLog;
-use crate::client::remains::{Remains, Undertaker};
+use crate::client::remains::{Remains, SettlesExchanges};
 use crate::eventloop::own_time;
 use crate::expression::Asked;
 use crate::expression::facts::Response;
-use crate::expression::named::Said;
+use crate::expression::named::NamedText;
 use crate::filter::{Outcome, Stages, View};
 use crate::finished::{Client, Finished, Request, Way};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
@@ -114,7 +114,7 @@ impl Settler {
         }
         if let (Some(tracer), Some(notes), Some(journal), Some(asked)) = (&self.tracer, notes, journal, asked()) {
             let attributes = tracer.attributes.of(&asked);
-            let text = |(name, text): &Said<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
+            let text = |(name, text): &NamedText<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
             let attributes = attributes.iter().map(text).collect();
             tracer.tell(Story { attributes, ..story(exchange, (notes, journal), &finished, asked.headers) });
         }
@@ -125,7 +125,7 @@ impl Settler {
     }
 }
 
-impl Undertaker for Settler {
+impl SettlesExchanges for Settler {
     /// Settles an exchange that was dropped because it had to end during a wait that nothing else aborts.
     fn settle(&self, remains: Remains) {
         let Some(mut exchange) = remains.exchange.and_then(|left| left.downcast::<Exchange>().ok()) else { return };

@@ -25,7 +25,7 @@ use crate::config::address::Proxy;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
 use crate::expression::Prefix;
-use crate::framing::{self, Said};
+use crate::framing::{self, LengthFields};
 use path::Paths;
 
 /// Proxies whose information about the client is trusted.
@@ -159,7 +159,7 @@ fn check_http2_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     if !is_http || !is_target || target.iter().any(|byte| matches!(byte, 0..=b' ' | 0x7f)) {
         return Err(&refusal::HEADER_MALFORMED);
     }
-    framing::request::read(request.version, &Said::of(&request.headers)).map(drop)
+    framing::request::read(request.version, &LengthFields::of(&request.headers)).map(drop)
 }
 
 /// A value must not begin or end with white space (RFC 9113 §8.2.1). The HTTP/2 library accepts it; HTTP/1 cannot
@@ -232,8 +232,8 @@ fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'s
     for name in &CLIENT_CERTIFICATE {
         request.remove_header(name);
     }
-    let said = [&client.subject, &client.names, &client.fingerprint, &client.serial];
-    for (name, text) in CLIENT_CERTIFICATE.iter().zip(said).filter(|(_, text)| !text.is_empty()) {
+    let length_fields = [&client.subject, &client.names, &client.fingerprint, &client.serial];
+    for (name, text) in CLIENT_CERTIFICATE.iter().zip(length_fields).filter(|(_, text)| !text.is_empty()) {
         // A truncated or changed value could identify another client.
         let whole = text.len() <= CERTIFICATE_FIELD_BYTES_MAX;
         let value =

@@ -28,7 +28,7 @@ use crate::client::trailers;
 use crate::error::refusal;
 use crate::expression::{Author, Facts, Identity, Pace, Prefix};
 use crate::filter::{Refused, Stages, Verdict, View};
-use crate::framing::{Said, answer, is_media_type};
+use crate::framing::{LengthFields, answer, is_media_type};
 use crate::phase::Phase;
 use crate::upstream::transport::tunnel::Tunnel;
 
@@ -63,11 +63,11 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
 ///
 /// The endpoint's error.
 pub fn frame(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
-    let said = Said::of(&response.headers);
+    let length_fields = LengthFields::of(&response.headers);
     let (head, status) = (request.method == Method::HEAD, response.status.as_u16());
-    let framed = answer::frame(head, status, response.version, &said, Version::HTTP_11)
+    let framed = answer::frame(head, status, response.version, &length_fields, Version::HTTP_11)
         .map_err(|fault| Error::explain(ErrorType::InvalidHTTPHeader, fault.words()).into_up())?;
-    framed.apply(&said, response)?;
+    framed.apply(&length_fields, response)?;
     if response.version != Version::HTTP_2 {
         // The client receives Forebay's version (RFC 9110 §6.2), and fields may have been added that HTTP/1.0 does not
         // define.

@@ -53,7 +53,7 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     let engaged = match choice {
         Ok(Choice::Engaged(engaged)) => engaged,
         Ok(Choice::Away(time)) => return Err(away(exchange, &upstream, time)),
-        Ok(Choice::Full | Choice::Nobody) => return Err(none_left(exchange, &upstream)),
+        Ok(Choice::Full | Choice::NoEndpoint) => return Err(none_left(exchange, &upstream)),
         Err(fault) => return Err(reject(&upstream, blame::row(fault).refusal).into()),
     };
     let endpoint = engaged.endpoint().clone();

@@ -165,7 +165,7 @@ pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
     if exchange.routing.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
         let stream = StreamHandle::default();
         request.extensions_mut().insert(stream.clone());
-        exchange.link.iter().for_each(|link| link.comes_by(stream.clone()));
+        exchange.link.iter().for_each(|link| link.set_stream(stream.clone()));
         exchange.attempts.channel.stream = Some(stream);
     }
 }

@@ -20,7 +20,7 @@ use crate::client::head::accepts_json;
 use crate::error::{Refusal, refusal};
 use crate::expression::Author;
 use crate::filter::{Answer, Refused, Verdict};
-use crate::framing::{Body, Said, answer};
+use crate::framing::{Body, LengthFields, answer};
 use crate::phase::Phase;
 
 /// Refuses an exchange whose response has not begun.
@@ -137,11 +137,11 @@ async fn write(
         }
     }
     https::insist(exchange, &mut response);
-    let (said, request) = (Said::of(&response.headers), session.req_header());
+    let (length_fields, request) = (LengthFields::of(&response.headers), session.req_header());
     let status = response.status.as_u16();
-    let framed = answer::frame(head, status, Version::HTTP_11, &said, request.version)
+    let framed = answer::frame(head, status, Version::HTTP_11, &length_fields, request.version)
         .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))?;
-    framed.apply(&said, &mut response)?;
+    framed.apply(&length_fields, &mut response)?;
     let without_body = body.is_empty() || framed.write == Body::None;
     session.write_response_header(Box::new(response)).await?;
     if without_body { session.finish_body().await } else { session.write_response_body(body, true).await }

@@ -19,7 +19,7 @@ use crate::config;
 use crate::config::units::Count;
 use crate::config::upstream::Protocol;
 use crate::metrics::LimitMetrics;
-use crate::party::KeepsWaiting;
+use crate::party::DelaysEndpoint;
 
 /// Limits on active exchanges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,7 +180,7 @@ impl Engaged {
 
     /// For a probe: registers the exchange, which measures how long it delays its endpoint. A probe with a slow client
     /// loses its place to another one.
-    pub fn watch(&self, exchange: Arc<dyn KeepsWaiting>) {
+    pub fn watch(&self, exchange: Arc<dyn DelaysEndpoint>) {
         if let (Some(breaker), Some(leave)) = (&self.admission.breaker, &self.leave) {
             breaker.watch(leave, exchange);
         }

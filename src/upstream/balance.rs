@@ -82,7 +82,7 @@ enum Policy {
         bounded_load: Option<f64>,
     },
     /// There is no endpoint.
-    Nobody,
+    NoEndpoint,
 }
 
 #[derive(Debug)]
@@ -156,7 +156,7 @@ impl Balance {
                 };
                 found.or_else(|| self.first_by_hash(hash, seeds, among, has_room))
             }
-            Policy::Nobody => None,
+            Policy::NoEndpoint => None,
         }
     }
 
@@ -228,14 +228,16 @@ impl Policy {
             Policy::Hash { order, seeds, bounded_load: written.bounded_load }
         };
         if members.is_empty() {
-            return Policy::Nobody;
+            return Policy::NoEndpoint;
         }
         match written.policy {
             written::Policy::RoundRobin => {
                 let weights: Vec<NonZeroU64> = weights.iter().map(|&weight| weight.into()).collect();
                 let schedule = Schedule::new(&weights);
-                schedule
-                    .map_or(Policy::Nobody, |schedule| Policy::RoundRobin { schedule, stand_in: AtomicUsize::new(0) })
+                schedule.map_or(Policy::NoEndpoint, |schedule| Policy::RoundRobin {
+                    schedule,
+                    stand_in: AtomicUsize::new(0),
+                })
             }
             written::Policy::Random => Policy::Random(Alias::new(weights)),
             written::Policy::LeastRequest => Policy::LeastRequest(Alias::new(weights)),

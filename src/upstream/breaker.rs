@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use prometheus::{IntCounter, IntGauge};
 
 use crate::config::upstream::limits as written;
-use crate::party::KeepsWaiting;
+use crate::party::DelaysEndpoint;
 
 /// When it opens, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -139,7 +139,7 @@ struct Trial {
 struct Place {
     number: u64,
     /// Measures how long it delays its endpoint.
-    exchange: Option<Arc<dyn KeepsWaiting>>,
+    exchange: Option<Arc<dyn DelaysEndpoint>>,
 }
 
 impl fmt::Debug for Place {
@@ -246,11 +246,11 @@ impl Breaker {
 
     /// Whether this probe is delayed by others than its endpoint.
     fn dawdles(&self, place: &Place, now: Instant) -> bool {
-        place.exchange.as_ref().is_some_and(|exchange| exchange.kept_waiting(now) > self.terms.probe_client)
+        place.exchange.as_ref().is_some_and(|exchange| exchange.endpoint_delay(now) > self.terms.probe_client)
     }
 
     /// Registers the exchange of a probe, which measures how long it delays its endpoint.
-    pub fn watch(&self, leave: &Leave, exchange: Arc<dyn KeepsWaiting>) {
+    pub fn watch(&self, leave: &Leave, exchange: Arc<dyn DelaysEndpoint>) {
         let mut trial = self.trial();
         if let Some(place) = trial.places.iter_mut().find(|place| leave.probe == Some(place.number)) {
             place.exchange = Some(exchange);
@@ -538,8 +538,8 @@ mod tests {
     /// An exchange that has delayed its endpoint by this number of milliseconds.
     struct Slow(AtomicU64);
 
-    impl KeepsWaiting for Slow {
-        fn kept_waiting(&self, _: Instant) -> Duration {
+    impl DelaysEndpoint for Slow {
+        fn endpoint_delay(&self, _: Instant) -> Duration {
             Duration::from_millis(self.0.load(Ordering::Relaxed))
         }
     }

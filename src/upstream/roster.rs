@@ -27,7 +27,7 @@ pub enum Choice {
     /// All endpoints are at their limits: the exchange may queue.
     Full,
     /// There is no endpoint, or none that was not tried.
-    Nobody,
+    NoEndpoint,
     /// The circuit breaker is open for this long.
     Away(Duration),
 }
@@ -37,7 +37,7 @@ impl Choice {
     pub fn engaged(self) -> Option<Engaged> {
         match self {
             Choice::Engaged(engaged) => Some(engaged),
-            Choice::Full | Choice::Nobody | Choice::Away(_) => None,
+            Choice::Full | Choice::NoEndpoint | Choice::Away(_) => None,
         }
     }
 }
@@ -128,7 +128,7 @@ impl Roster {
         loop {
             let endpoint = if admission.is_full() { None } else { self.pick(hash, tried, admission, now) };
             let Some(endpoint) = endpoint else {
-                return if self.has_more(tried) { Choice::Full } else { Choice::Nobody };
+                return if self.has_more(tried) { Choice::Full } else { Choice::NoEndpoint };
             };
             // If another exchange has just taken its last place, there is another endpoint or all are full.
             if let Some(engaged) = admission.engage(endpoint) {

@@ -33,7 +33,7 @@ use super::window::NARROW_BYTES;
 use crate::config;
 use crate::config::upstream::Protocol;
 use crate::error::BuildError;
-use crate::framing::{Said, answer};
+use crate::framing::{LengthFields, answer};
 use dial::Dialer;
 use greeting::Parties;
 use tls::Tls;
@@ -242,8 +242,8 @@ pub async fn final_status(session: &mut HttpSession, head: bool) -> Result<Statu
 ///
 /// It could not be passed on.
 pub fn readable(answer: &ResponseHeader, head: bool) -> Result<StatusCode> {
-    let (status, said) = (answer.status, Said::of(&answer.headers));
-    answer::frame(head, status.as_u16(), answer.version, &said, Version::HTTP_11)
+    let (status, length_fields) = (answer.status, LengthFields::of(&answer.headers));
+    answer::frame(head, status.as_u16(), answer.version, &length_fields, Version::HTTP_11)
         .map_err(|fault| Error::explain(ErrorType::InvalidHTTPHeader, fault.words()).into_up())?;
     Ok(status)
 }

@@ -58,7 +58,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("client/tls/handshake.rs", "a call of BoringSSL that the crate lacks"),
     ("eventloop/cpu.rs", "the CPU time of a thread"),
     ("filter/basic_auth/hashing/desk.rs", "the priority of a thread"),
-    ("gateway/elders.rs", "processes are waited for"),
+    ("gateway/older_processes.rs", "processes are waited for"),
     ("gateway/handover.rs", "descriptors come from another process"),
     ("gateway/inherited.rs", "descriptors come from the environment"),
     ("gateway/privileges.rs", "users, and what a process may do"),

@@ -10,7 +10,7 @@ use pingora::{Error, ErrorType, Result};
 
 use crate::client::fields;
 use crate::framing::chunked::Chunks;
-use crate::framing::{self, Body, Said, answer};
+use crate::framing::{self, Body, LengthFields, answer};
 
 /// Limits of a header, as in Pingora: number of fields, and bytes.
 const FIELDS_MAX: usize = 256;
@@ -152,7 +152,7 @@ impl Answer {
             Ok(httparse::Status::Complete(end)) if end == written.len() => {}
             _ => return Err(malformed("its header")),
         }
-        let mut said = Said::default();
+        let mut length_fields = LengthFields::default();
         let (mut closes, mut stays, mut lengths, mut codings) = (false, false, false, false);
         for field in parsed.headers.iter() {
             match field.name.len() {
@@ -162,11 +162,11 @@ impl Answer {
                 }
                 14 if field.name.eq_ignore_ascii_case("content-length") => {
                     lengths = true;
-                    said.add_length(field.value);
+                    length_fields.add_length(field.value);
                 }
                 17 if field.name.eq_ignore_ascii_case("transfer-encoding") => {
                     codings = true;
-                    said.add_coding(field.value);
+                    length_fields.add_coding(field.value);
                 }
                 _ => {}
             }
@@ -176,7 +176,7 @@ impl Answer {
         if matches!(status, 100..=199) && status != 101 {
             return Ok(Part::Header { header, written, end: false });
         }
-        let framed = answer::frame(self.head_only, status, version, &said, Version::HTTP_11)
+        let framed = answer::frame(self.head_only, status, version, &length_fields, Version::HTTP_11)
             .map_err(|fault| malformed(fault.words()))?;
         // Transfer-Encoding overrides Content-Length (RFC 9112 §6.3).
         if lengths && codings {

@@ -11,7 +11,7 @@ use pingora::{Error, ErrorType, Result};
 
 use crate::client::fields;
 use crate::client::trailers::last_chunk;
-use crate::framing::{self, Body, Said};
+use crate::framing::{self, Body, LengthFields};
 use crate::upstream::transport::http2::RequestTrailers;
 
 /// Fields that apply to one connection and are not forwarded (RFC 9110 §7.6.1), as in Pingora's driver.
@@ -82,12 +82,12 @@ fn named_by_connection(request: &RequestHeader) -> impl Iterator<Item = HeaderNa
 ///
 /// If hooks left contradictory framing fields in the header.
 pub fn frame(request: &mut RequestHeader, has_body: bool) -> Result<Body> {
-    let said = Said::of(&request.headers);
-    if has_body && !said.is_anything() {
+    let length_fields = LengthFields::of(&request.headers);
+    if has_body && !length_fields.is_any() {
         framing::request::apply(Body::Chunked, request)?;
         return Ok(Body::Chunked);
     }
-    framing::request::read(Version::HTTP_11, &said)
+    framing::request::read(Version::HTTP_11, &length_fields)
         .map_err(|refusal| Error::explain(ErrorType::InternalError, refusal.reason).into_in())
 }
 

@@ -12,8 +12,8 @@ use prometheus::{IntCounter, IntGauge};
 use proptest::prelude::*;
 
 use super::row;
-use crate::party::limits::{DAWDLING, Seen};
-use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
+use crate::party::limits::{DELAY_MAX, Seen};
+use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patience, Stage, Waits, What};
 use crate::proxy::fault::breakage;
 use crate::upstream::breaker::{self, Breaker};
 use crate::upstream::latency::Latency;
@@ -68,7 +68,7 @@ struct Played {
     outcome: Outcome,
     fault: Option<Fault>,
     ended: Ended,
-    kept_waiting: Duration,
+    endpoint_delay: Duration,
 }
 
 /// An attempt in progress.
@@ -194,7 +194,7 @@ impl<'s> Attempt<'s> {
             Step::Leave => return Err(client(self, What::Left)),
             Step::Breach(what) => return Err(client(self, what)),
             Step::Break => {
-                let what = breakage(self.waits.kept_waiting(self.at(self.now)));
+                let what = breakage(self.waits.endpoint_delay(self.at(self.now)));
                 return Err(Fault::new(Party::Endpoint, self.stage.phase(), what));
             }
         }
@@ -215,7 +215,7 @@ impl<'s> Attempt<'s> {
         let now = self.at(self.now);
         let own = self.waits.spent(Party::Endpoint, now);
         let ended = Ended { outcome, connect: None, wait: self.answered, own };
-        Played { outcome, fault, ended, kept_waiting: self.waits.kept_waiting(now) }
+        Played { outcome, fault, ended, endpoint_delay: self.waits.endpoint_delay(now) }
     }
 }
 
@@ -311,7 +311,7 @@ fn breaker(now: Instant) -> Breaker {
         open: ms(1),
         max_open: ms(1),
         probes: 1,
-        probe_client: DAWDLING,
+        probe_client: DELAY_MAX,
     };
     let (gauge, replaced) = (IntGauge::new("open", "of a test"), IntCounter::new("replaced", "of a test"));
     Breaker::new(terms, gauge.expect("a gauge"), replaced.expect("a counter"), now)
@@ -385,7 +385,7 @@ proptest! {
         (schedule.deadline, schedule.attempt) = (None, None);
         schedule.steps.push(Step::Break);
         let played = play(&schedule, Instant::now());
-        prop_assert_eq!(played.outcome.failure().is_none(), played.kept_waiting > DAWDLING);
+        prop_assert_eq!(played.outcome.failure().is_none(), played.endpoint_delay > DELAY_MAX);
     }
 
     #[test]
@@ -406,10 +406,10 @@ proptest! {
             match breaker.admit(now) {
                 // Another probe has taken its place; this attempt continues to its end, so that there are two.
                 Ok(_) => {
-                    prop_assert!(attempt.waits.kept_waiting(now) > DAWDLING);
+                    prop_assert!(attempt.waits.endpoint_delay(now) > DELAY_MAX);
                     break;
                 }
-                Err(_) => prop_assert!(attempt.waits.kept_waiting(now) <= DAWDLING),
+                Err(_) => prop_assert!(attempt.waits.endpoint_delay(now) <= DELAY_MAX),
             }
         }
     }

@@ -14,9 +14,9 @@ use crate::metrics::upgrade::UpgradeMetrics;
 
 /// The older processes. Clones share them.
 #[derive(Clone, Default)]
-pub struct Elders(Arc<Mutex<Vec<OwnedFd>>>);
+pub struct OlderProcesses(Arc<Mutex<Vec<OwnedFd>>>);
 
-impl Elders {
+impl OlderProcesses {
     /// Watches the processes behind these ends, on a thread.
     ///
     /// # Errors
@@ -43,7 +43,7 @@ impl Elders {
                 }
             }
         };
-        thread::Builder::new().name("elders".to_owned()).spawn(run).map(drop)
+        thread::Builder::new().name("older_processes".to_owned()).spawn(run).map(drop)
     }
 
     /// Number of older processes.
@@ -92,14 +92,14 @@ mod tests {
     #[test]
     fn a_process_counts_until_its_end_closes() {
         let (one, other) = (Channel::pair().expect("a pair"), Channel::pair().expect("a pair"));
-        let elders = Elders::default();
+        let older_processes = OlderProcesses::default();
         let metrics = Metrics::new(0, Vec::new()).upgrades();
-        elders.watch(vec![one.0.into_fd(), other.0.into_fd()], metrics.clone()).expect("a thread");
-        assert_eq!((elders.count(), metrics.draining.get()), (2, 2));
+        older_processes.watch(vec![one.0.into_fd(), other.0.into_fd()], metrics.clone()).expect("a thread");
+        assert_eq!((older_processes.count(), metrics.draining.get()), (2, 2));
         drop(one.1);
-        assert_eq!(elders.count(), 1);
-        assert_eq!(elders.duplicates().expect("descriptors").len(), 1);
+        assert_eq!(older_processes.count(), 1);
+        assert_eq!(older_processes.duplicates().expect("descriptors").len(), 1);
         drop(other.1);
-        assert_eq!(elders.count(), 0);
+        assert_eq!(older_processes.count(), 0);
     }
 }
