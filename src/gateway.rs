@@ -294,14 +294,12 @@ impl Gateway {
         go_on_unprivileged(user.as_ref(), &running, &config).map_err(one)?;
         stage.put_on(&running, None);
         metrics.config().show(1, &config.hash());
-        let (open_sockets, times, upgrade) =
-            (stage.open_sockets.clone(), stage.shutdown.clone(), stage.upgrade.clone());
+        let (times, upgrade) = (stage.shutdown.clone(), stage.upgrade.clone());
         let (ledger, upstreams, acme) = (stage.ledger.clone(), stage.upstreams.clone(), stage.acme.clone());
-        let admin_tls = running.admin_tls.clone();
+        let (admin_tls, open_sockets) = (running.admin_tls.clone(), stage.open_sockets.clone());
         let pid_file = config.server.pid_file.as_deref().map(PidFile::prepare).transpose().map_err(one)?.map(Arc::new);
-        let asked = Arc::new(Notify::new());
-        let (supervisor, older_processes, changing) =
-            (Supervisor::of_environment(), OlderProcesses::default(), Changing::default());
+        let (asked, changing) = (Arc::new(Notify::new()), Changing::default());
+        let (supervisor, older_processes) = (Supervisor::of_environment(), OlderProcesses::default());
         let upgrades = Upgrades::new(Needs {
             program,
             open_sockets: open_sockets.clone(),
