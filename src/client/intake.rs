@@ -191,7 +191,7 @@ impl Intake {
     /// Whether every byte was passed on.
     pub fn is_done(&mut self, wire: &mut Wire) -> bool {
         if !self.source_done {
-            self.source_done = wire.body_is_read().unwrap_or(false);
+            self.source_done = wire.client.body_is_read().unwrap_or(false);
         }
         self.source_done && self.spool.as_ref().is_none_or(|spool| spool.unread() == 0)
     }
@@ -203,7 +203,7 @@ impl Intake {
             None if self.is_empty() => true,
             // The body was held and then released.
             None if self.forgotten => false,
-            None => wire.session().is_some_and(|session| !session.retry_buffer_truncated()),
+            None => wire.client.session().is_some_and(|session| !session.retry_buffer_truncated()),
         }
     }
 
@@ -213,7 +213,7 @@ impl Intake {
             spool.rewind();
         } else if !self.is_empty()
             && !self.forgotten
-            && let Some(session) = wire.session()
+            && let Some(session) = wire.client.session()
         {
             // Pingora's own session keeps part of a streamed body.
             session.enable_retry_buffering();
@@ -223,7 +223,7 @@ impl Intake {
     /// The part of a streamed body that Pingora's own session kept.
     pub fn retry_buffer(&self, wire: &mut Wire) -> Option<Bytes> {
         match &self.spool {
-            None if !self.is_empty() && !self.forgotten => wire.session()?.get_retry_buffer(),
+            None if !self.is_empty() && !self.forgotten => wire.client.session()?.get_retry_buffer(),
             _ => None,
         }
     }
@@ -327,7 +327,7 @@ impl Intake {
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(Unread::Failed(error))),
             // A write owns the session: the wait is not for the client's body.
-            Poll::Pending if wire.session().is_none() => Poll::Pending,
+            Poll::Pending if wire.client.session().is_none() => Poll::Pending,
             Poll::Pending => self.poll_late(cx, Phase::Send).map(|late| Err(late.into())),
         }
     }
@@ -355,7 +355,7 @@ impl Intake {
     }
 
     fn is_at_end(&mut self, wire: &mut Wire) -> bool {
-        self.source_done |= wire.body_is_read().unwrap_or(false);
+        self.source_done |= wire.client.body_is_read().unwrap_or(false);
         self.source_done
     }
 

@@ -158,7 +158,7 @@ impl Link {
         if let Some(over) = self.over() {
             return Poll::Ready(Fault { phase, ..over });
         }
-        self.wire().poll_gone(cx).map(|_| Fault::new(Party::Client, phase, What::Left))
+        self.wire().client.poll_gone(cx).map(|_| Fault::new(Party::Client, phase, What::Left))
     }
 
     /// The fault that ends the exchange, if any.
@@ -173,7 +173,7 @@ impl Link {
         if matches!(self.stage(), Stage::Receiving | Stage::Done) {
             wire.fail(fault);
         }
-        wire.abort();
+        wire.endpoint.abort();
     }
 
     /// Starts a new attempt with a new connection. The request is sent once the connection is open. The fault of the
@@ -217,12 +217,12 @@ impl Link {
 
     /// Closes the connection after this response; the response announces the close.
     pub fn close_after_answer(&self) {
-        self.wire().close_after_answer();
+        self.wire().client.close_after_answer();
     }
 
     /// Takes the trailers of a complete HTTP/1 request. A second call returns `None`.
     pub fn take_request_trailers(&self) -> Option<HeaderMap> {
-        self.wire().take_request_trailers()
+        self.wire().client.take_request_trailers()
     }
 
     /// Ends the response with these trailers, which Pingora does not know.
@@ -237,12 +237,12 @@ impl Link {
 
     /// Sets the receive window of the endpoint's connection for the current attempt.
     pub fn set_window(&self, window: Option<Window>) {
-        self.wire().set_window(window);
+        self.wire().endpoint.set_window(window);
     }
 
     /// Sets the stream of the current attempt, on a connection that exchanges share.
     pub fn set_stream(&self, stream: StreamHandle) {
-        self.wire().set_stream(stream);
+        self.wire().endpoint.set_stream(stream);
     }
 
     /// Disables buffering of the response, because of its kind or at the upstream's request.
@@ -309,7 +309,7 @@ impl Link {
 
     /// Whether the client uses HTTP/2.
     pub fn is_http2(&self) -> bool {
-        self.wire().is_http2()
+        self.wire().client.is_http2()
     }
 
     /// Sends the rest of the response to the client after the upstream was released.
@@ -336,7 +336,7 @@ impl Link {
         if !self.stands_in() {
             return true;
         }
-        if self.wire().session().is_none() {
+        if self.wire().client.session().is_none() {
             return false;
         }
         // Dropping the buffered session puts the request header back.
@@ -351,18 +351,18 @@ impl Link {
     pub fn step_aside(&self, session: &mut Box<ServerSession>) -> bool {
         self.done(Instant::now());
         self.holding.store(false, Ordering::Relaxed);
-        self.wire().open_window();
+        self.wire().endpoint.open_window();
         self.reclaim(session)
     }
 
     /// Restores the client's own session, unless a write owns it.
     fn give(&self, session: &mut Box<ServerSession>) {
         let mut wire = self.wire();
-        if let Some(mut own) = wire.release() {
+        if let Some(mut own) = wire.client.release() {
             own.set_write_timeout(self.write_timeout);
             if wire.leaves_rest() {
                 own.set_keepalive(None);
-                wire.end_after_answer();
+                wire.client.end_after_answer();
             }
             sessions::put_away(std::mem::replace(session, own));
         }
@@ -383,7 +383,7 @@ impl Link {
         if unwatched
             && self.over().is_none()
             && self.given_up().is_none()
-            && wire.poll_left(cx, self.reads.load(Ordering::Relaxed)).is_ready()
+            && wire.client.poll_left(cx, self.reads.load(Ordering::Relaxed)).is_ready()
         {
             self.end(left(stage), wire);
             cx.waker().wake_by_ref();
@@ -437,7 +437,7 @@ impl Link {
             // The response may be waiting for its client, and Pingora does not poll the session then.
             wire.fail(fault);
         }
-        wire.abort();
+        wire.endpoint.abort();
     }
 
     /// Wakes this task when the current wait may have exceeded its limit.
@@ -458,7 +458,7 @@ impl Link {
     /// Records that the client has closed its connection, with this error.
     fn gone(&self, error: Box<Error>, wire: &mut Wire) -> Box<Error> {
         self.fail(left(self.stage()), error.etype().clone());
-        wire.abort();
+        wire.endpoint.abort();
         error
     }
 
@@ -562,7 +562,7 @@ impl Drop for BufferedSession {
         if remains::leave_request(&mut self.request) {
             return;
         }
-        if let Some(session) = self.link.wire().session() {
+        if let Some(session) = self.link.wire().client.session() {
             std::mem::swap(session.req_header_mut(), &mut self.request);
         }
     }
@@ -646,7 +646,7 @@ impl BufferedSession {
 
     /// Asks the client to send its body: 100 Continue (RFC 9110 §10.1.1).
     pub async fn invite(&mut self) -> Result<()> {
-        let mut own = self.link.wire().release();
+        let mut own = self.link.wire().client.release();
         let outcome = match &mut own {
             Some(own) => {
                 // Pingora would close the connection after any response that precedes the end of the body, even after
@@ -659,7 +659,7 @@ impl BufferedSession {
             None => Ok(()),
         };
         if let Some(own) = own {
-            self.link.wire().put_back(own);
+            self.link.wire().client.put_back(own);
         }
         outcome
     }
@@ -715,7 +715,7 @@ impl BufferedSession {
             return Poll::Ready(Err(told(fault, ErrorType::ReadTimedout)));
         }
         let mut wire = self.link.wire();
-        let taken = wire.poll_taken(cx, self.link.stage() == Stage::Done);
+        let taken = wire.endpoint.poll_taken(cx, self.link.stage() == Stage::Done);
         let piece = if taken.is_ready() { self.intake.poll_piece(cx, &mut wire) } else { Poll::Pending };
         match &piece {
             Poll::Pending if taken.is_ready() => self.link.waits_for(self.intake.waits_for()),
@@ -733,7 +733,7 @@ impl BufferedSession {
         }
         // While a held body is replayed, no read detects a close by the client.
         if self.intake.whole().is_some()
-            && let Poll::Ready(gone) = wire.poll_gone(cx)
+            && let Poll::Ready(gone) = wire.client.poll_gone(cx)
         {
             return Poll::Ready(Err(self.link.gone(gone, &mut wire)));
         }
@@ -815,7 +815,7 @@ impl CustomSession for BufferedSession {
             let _ = wire.poll_write(cx);
             match wire.take_error() {
                 Some(error) => Poll::Ready(error),
-                None => wire.poll_gone(cx).map(|gone| link.gone(gone, &mut wire)),
+                None => wire.client.poll_gone(cx).map(|gone| link.gone(gone, &mut wire)),
             }
         });
         Err(error.await)

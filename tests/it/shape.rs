@@ -33,7 +33,6 @@ const WIDE: &[(&str, usize)] = &[
     ("client/intake.rs Intake", 23),
     ("client/session.rs Link", 18),
     ("client/spool.rs Spool", 22),
-    ("client/wire.rs Wire", 41),
     ("upstream.rs Upstream", 19),
     ("upstream/endpoint.rs Endpoint", 21),
 ];
