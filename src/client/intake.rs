@@ -103,34 +103,57 @@ fn client(phase: Phase, what: What) -> Fault {
 pub struct Intake {
     terms: IntakeTerms,
     empty: bool,
-    spool: Option<Spool>,
-    /// The spool holds the whole body.
-    whole: bool,
-    /// The spool was released.
-    forgotten: bool,
+    held: HeldBody,
     /// The client has sent the whole body.
     source_done: bool,
     received: u64,
     /// Bytes passed on without being held.
     beyond: u64,
-    spooled: (u64, u64),
-    since: Option<Instant>,
-    waiting: Option<Waiting>,
-    who: Who,
-    slow: Option<Entry>,
+    client: Client,
+    /// Start of the wait for memory or the disk.
     paused: Option<Instant>,
     timer: Timer,
+    turns: Turns,
+    depot: Arc<Depot>,
+}
+
+/// The held part of a body.
+#[derive(Default)]
+struct HeldBody {
+    spool: Option<Spool>,
+    /// The spool holds the whole body.
+    whole: bool,
+    /// The spool was released.
+    forgotten: bool,
+    /// Bytes of a released spool, and those of them that were on disk.
+    spooled_before: (u64, u64),
     /// The spool is full, and one more read determines whether the body ends here.
     asked_at_limit: bool,
+}
+
+/// The client that sends a body, and the wait for it.
+struct Client {
+    who: Who,
+    /// Its entry in the list of slow clients.
+    slow: Option<Entry>,
+    /// The current wait.
+    waiting: Option<Waiting>,
+    /// When the first byte was waited for.
+    since: Option<Instant>,
+}
+
+/// The turns that a body takes with the other bulk transfers of its worker.
+struct Turns {
+    lanes: Arc<Lanes>,
+    /// Bytes read without a pause.
     run: u64,
     turn: Option<Turn>,
     /// Registration as a bulk transfer.
     bulk: Option<Bulk>,
     /// The last poll read many bytes; the next one yields to other tasks.
     rest: bool,
-    in_turn: bool,
-    depot: Arc<Depot>,
-    lanes: Arc<Lanes>,
+    /// The last poll used a turn.
+    used: bool,
 }
 
 impl Intake {
@@ -139,43 +162,31 @@ impl Intake {
         Intake {
             terms,
             empty,
-            spool: None,
-            whole: false,
-            forgotten: false,
+            held: HeldBody::default(),
             source_done: empty,
             received: 0,
             beyond: 0,
-            spooled: (0, 0),
-            since: None,
-            waiting: None,
-            who,
-            slow: None,
+            client: Client { who, slow: None, waiting: None, since: None },
             paused: None,
             timer: Timer::default(),
-            asked_at_limit: false,
-            run: 0,
-            turn: None,
-            bulk: None,
-            rest: false,
-            in_turn: false,
+            turns: Turns { lanes: lanes.clone(), run: 0, turn: None, bulk: None, rest: false, used: false },
             depot: depot.clone(),
-            lanes: lanes.clone(),
         }
     }
 
     /// Whether the body is empty.
     pub fn is_empty(&self) -> bool {
-        self.empty || (self.whole && self.received == 0)
+        self.empty || (self.held.whole && self.received == 0)
     }
 
     /// The length of a body that is held completely.
     pub fn whole(&self) -> Option<u64> {
-        self.whole.then_some(self.received)
+        self.held.whole.then_some(self.received)
     }
 
     /// Shares a complete body with a second reader. `None` if part of it is on disk.
     pub fn share_memory(&mut self) -> Option<Held> {
-        self.spool.as_mut().filter(|_| self.whole)?.share_memory()
+        self.held.spool.as_mut().filter(|_| self.held.whole)?.share_memory()
     }
 
     /// Bytes received from the client.
@@ -185,7 +196,7 @@ impl Intake {
 
     /// Bytes that were held, and those of them that were on disk.
     pub fn spooled(&self) -> (u64, u64) {
-        self.spool.as_ref().map_or(self.spooled, |spool| (spool.pushed(), spool.spilled()))
+        self.held.spool.as_ref().map_or(self.held.spooled_before, |spool| (spool.pushed(), spool.spilled()))
     }
 
     /// Whether every byte was passed on.
@@ -193,26 +204,26 @@ impl Intake {
         if !self.source_done {
             self.source_done = wire.client.body_is_read().unwrap_or(false);
         }
-        self.source_done && self.spool.as_ref().is_none_or(|spool| spool.unread() == 0)
+        self.source_done && self.held.spool.as_ref().is_none_or(|spool| spool.unread() == 0)
     }
 
     /// Whether another attempt can read the body from its first byte.
     pub fn is_replayable(&self, wire: &mut Wire) -> bool {
-        match &self.spool {
+        match &self.held.spool {
             Some(_) => self.beyond == 0,
             None if self.is_empty() => true,
             // The body was held and then released.
-            None if self.forgotten => false,
+            None if self.held.forgotten => false,
             None => wire.client.session().is_some_and(|session| !session.retry_buffer_truncated()),
         }
     }
 
     /// Restarts reading at the first byte.
     pub fn rewind(&mut self, wire: &mut Wire) {
-        if let Some(spool) = &mut self.spool {
+        if let Some(spool) = &mut self.held.spool {
             spool.rewind();
         } else if !self.is_empty()
-            && !self.forgotten
+            && !self.held.forgotten
             && let Some(session) = wire.client.session()
         {
             // Pingora's own session keeps part of a streamed body.
@@ -222,8 +233,8 @@ impl Intake {
 
     /// The part of a streamed body that Pingora's own session kept.
     pub fn retry_buffer(&self, wire: &mut Wire) -> Option<Bytes> {
-        match &self.spool {
-            None if !self.is_empty() && !self.forgotten => wire.client.session()?.get_retry_buffer(),
+        match &self.held.spool {
+            None if !self.is_empty() && !self.held.forgotten => wire.client.session()?.get_retry_buffer(),
             _ => None,
         }
     }
@@ -237,10 +248,10 @@ impl Intake {
 
     /// Releases the spool if all of it was read: the body is not needed again.
     pub fn forget(&mut self) {
-        if self.spool.as_ref().is_some_and(|spool| spool.unread() == 0) {
-            self.spooled = self.spooled();
-            self.spool = None;
-            self.forgotten = true;
+        if self.held.spool.as_ref().is_some_and(|spool| spool.unread() == 0) {
+            self.held.spooled_before = self.spooled();
+            self.held.spool = None;
+            self.held.forgotten = true;
         }
     }
 
@@ -252,15 +263,15 @@ impl Intake {
         wire: &mut Wire,
         waiting: &mut (dyn FnMut(u64) + Send),
     ) -> Poll<Result<(), Unread>> {
-        while !self.whole {
-            if std::mem::take(&mut self.rest) {
+        while !self.held.whole {
+            if std::mem::take(&mut self.turns.rest) {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            if let Some(turn) = &mut self.turn {
+            if let Some(turn) = &mut self.turns.turn {
                 ready!(turn.poll(cx));
-                self.turn = None;
-                self.in_turn = true;
+                self.turns.turn = None;
+                self.turns.used = true;
             }
             let Poll::Ready(room) = self.poll_room(cx) else {
                 // The wait is for room, not for the client.
@@ -275,32 +286,32 @@ impl Intake {
                 Poll::Ready(Ok(Some(piece))) => {
                     self.arrived(&piece, Phase::Buffer)?;
                     self.hold(piece);
-                    self.whole = self.is_at_end(wire);
+                    self.held.whole = self.is_at_end(wire);
                 }
                 Poll::Ready(Ok(None)) => {
                     self.source_done = true;
-                    self.whole = true;
+                    self.held.whole = true;
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(Unread::Failed(error))),
                 Poll::Pending => {
                     waiting(self.received);
-                    if let Some(spool) = &mut self.spool {
+                    if let Some(spool) = &mut self.held.spool {
                         spool.idle(cx);
                     }
-                    self.run = 0;
+                    self.turns.run = 0;
                     let late = ready!(self.poll_late(cx, Phase::Buffer));
                     return Poll::Ready(Err(late.into()));
                 }
             }
         }
-        self.waiting = None;
-        self.bulk = None;
+        self.client.waiting = None;
+        self.turns.bulk = None;
         Poll::Ready(Ok(()))
     }
 
     /// Returns the next piece of the body: first the held bytes, then new ones. `None` at its end.
     pub fn poll_piece(&mut self, cx: &mut Context<'_>, wire: &mut Wire) -> Poll<Result<Option<Bytes>, Unread>> {
-        if let Some(spool) = self.spool.as_mut().filter(|spool| spool.unread() > 0) {
+        if let Some(spool) = self.held.spool.as_mut().filter(|spool| spool.unread() > 0) {
             return Poll::Ready(match ready!(spool.poll_next(cx, PIECE_BYTES)) {
                 Ok(piece) => Ok(piece),
                 Err(error) => {
@@ -309,7 +320,7 @@ impl Intake {
                 }
             });
         }
-        if self.whole || self.empty {
+        if self.held.whole || self.empty {
             return Poll::Ready(Ok(None));
         }
         match wire.poll_read(cx) {
@@ -321,7 +332,7 @@ impl Intake {
                 Poll::Ready(Ok(Some(piece)))
             }
             Poll::Ready(Ok(None)) => {
-                self.waiting = None;
+                self.client.waiting = None;
                 self.source_done = true;
                 Poll::Ready(Ok(None))
             }
@@ -334,24 +345,24 @@ impl Intake {
 
     /// Whether the last poll found nothing to read from the client; the read then detects a close by the client.
     pub fn is_reading(&self) -> bool {
-        self.waiting.is_some()
+        self.client.waiting.is_some()
     }
 
     /// The party that provides the next piece.
     pub fn waits_for(&self) -> Party {
-        if self.spool.as_ref().is_some_and(|spool| spool.unread() > 0) { Party::Disk } else { Party::Client }
+        if self.held.spool.as_ref().is_some_and(|spool| spool.unread() > 0) { Party::Disk } else { Party::Client }
     }
 
     /// If the client is listed as slow: adds its request to the list entry.
     pub fn name_client(&self, request: &RequestHeader) {
-        if let Some(entry) = &self.slow {
-            entry.name(|| self.who.asked(request));
+        if let Some(entry) = &self.client.slow {
+            entry.name(|| self.client.who.asked(request));
         }
     }
 
     /// Whether the last poll used a turn of the lane.
     pub fn used_turn(&mut self) -> bool {
-        std::mem::take(&mut self.in_turn)
+        std::mem::take(&mut self.turns.used)
     }
 
     fn is_at_end(&mut self, wire: &mut Wire) -> bool {
@@ -360,7 +371,7 @@ impl Intake {
     }
 
     fn stop_waiting(&mut self, bytes: u64) {
-        if let Some(waiting) = self.waiting.take() {
+        if let Some(waiting) = self.client.waiting.take() {
             self.terms.pace.moved(bytes, waiting.lasted());
         }
     }
@@ -369,36 +380,36 @@ impl Intake {
         let bytes = piece.len() as u64;
         self.received += bytes;
         self.stop_waiting(bytes);
-        self.since.get_or_insert_with(Instant::now);
+        self.client.since.get_or_insert_with(Instant::now);
         if self.received > self.terms.max_body { Err(client(phase, What::TooLarge).into()) } else { Ok(()) }
     }
 
     fn hold(&mut self, piece: Bytes) {
         let bytes = piece.len() as u64;
-        let Intake { spool, depot, terms, lanes, who, .. } = self;
+        let Intake { held, depot, terms, client, .. } = self;
         let begin = || {
-            let account = who.account(&depot.accounts);
+            let account = client.who.account(&depot.accounts);
             Spool::keeping(depot, Direction::Request, terms.limits, account.as_ref(), Some(&terms.route))
         };
-        spool.get_or_insert_with(begin).push(piece);
-        self.run += bytes;
-        if self.run >= TURN_BYTES {
-            let lane = lanes.here();
-            lane.spooled(std::mem::take(&mut self.run));
-            let bulk = self.bulk.get_or_insert_with(|| lane.enter());
+        held.spool.get_or_insert_with(begin).push(piece);
+        self.turns.run += bytes;
+        if self.turns.run >= TURN_BYTES {
+            let lane = self.turns.lanes.here();
+            lane.spooled(std::mem::take(&mut self.turns.run));
+            let bulk = self.turns.bulk.get_or_insert_with(|| lane.enter());
             if !bulk.is_crowded() {
-                self.rest = true;
+                self.turns.rest = true;
                 return;
             }
             let missing = terms.announced.map_or(u64::MAX, |length| length.saturating_sub(self.received));
-            let disk = self.spool.as_ref().is_some_and(Spool::needs_disk);
-            self.turn = Some(lane.queue(Class::Pass, missing, disk));
+            let disk = self.held.spool.as_ref().is_some_and(Spool::needs_disk);
+            self.turns.turn = Some(lane.queue(Class::Pass, missing, disk));
         }
     }
 
     /// Ready with `true` when another piece may be held, with `false` when the rest is to be streamed.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Unread>> {
-        let Some(spool) = &mut self.spool else { return Poll::Ready(Ok(true)) };
+        let Some(spool) = &mut self.held.spool else { return Poll::Ready(Ok(true)) };
         let room = spool.room(cx);
         let limit = self.terms.limits.memory.saturating_add(self.terms.limits.disk);
         if !matches!(room, Ok(Room::Pressure | Room::Disk)) {
@@ -420,8 +431,8 @@ impl Intake {
                 full(Party::Gateway)
             }
             // The body may end here; only a further byte exceeds the limit.
-            Ok(Room::Full) if spool.pushed() == limit && self.received == limit && !self.asked_at_limit => {
-                self.asked_at_limit = true;
+            Ok(Room::Full) if spool.pushed() == limit && self.received == limit && !self.held.asked_at_limit => {
+                self.held.asked_at_limit = true;
                 Ok(true)
             }
             Ok(Room::Full) if spool.pushed() < limit => no_disk(self.terms.stream_without_disk),
@@ -440,7 +451,7 @@ impl Intake {
 
     /// Ready when the client takes too long in this phase, with the limit that it exceeded.
     fn poll_late(&mut self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
-        let Intake { waiting, depot, slow, who, terms, received, .. } = self;
+        let Intake { client: Client { waiting, slow, who, .. }, depot, terms, received, .. } = self;
         let waiting = waiting.get_or_insert_with(|| {
             let enter = || depot.slow.enter(Direction::Request, Some(&terms.route), who.client);
             let entry = slow.get_or_insert_with(enter);
@@ -449,7 +460,7 @@ impl Intake {
             Waiting::begin(Some(depot.budget.slow(Direction::Request)), entry)
         });
         let since = waiting.since;
-        let whole = *self.since.get_or_insert(since);
+        let whole = *self.client.since.get_or_insert(since);
         let dues = [
             (Some(since + self.terms.idle), What::Silent),
             (Some(whole + self.terms.total), What::Late),

@@ -124,9 +124,18 @@ pub struct Spool {
     share: Share,
     /// Position of the next byte to pop. Positions count from the first byte ever pushed.
     next: u64,
-
     /// The bytes before the file.
     head: Pieces,
+    on_disk: OnDisk,
+    /// The bytes after the file and after a write in progress.
+    tail: Pieces,
+    disk_faults: DiskFaults,
+    pause: Option<Wait<()>>,
+}
+
+/// The part of a spool that is in its file, and what is under way between the file and memory.
+#[derive(Default)]
+struct OnDisk {
     /// The positions of the bytes in the file.
     stored: Range<u64>,
     file: Option<Arc<File>>,
@@ -134,22 +143,23 @@ pub struct Spool {
     base: u64,
     write: Option<Write>,
     write_turn: Turn,
-    /// The bytes after the file and after a write in progress.
-    tail: Pieces,
-
     read: Option<Reading>,
     read_turn: Turn,
     /// Bytes that were read back and are popped next.
     fetched: Bytes,
+    /// Number of bytes ever written.
+    spilled: u64,
+}
 
+/// Why a spool may not write to its disk.
+#[derive(Default)]
+struct DiskFaults {
     /// The limit that denied more disk, if any.
     denied: Option<Denial>,
     /// The error that `room` has yet to return.
     failure: Option<SpoolError>,
     /// Whether writing has stopped because of an error.
     broken: bool,
-    pause: Option<Wait<()>>,
-    spilled: u64,
 }
 
 /// A spool's bytes shared with another holder; counted until this is dropped.
@@ -231,20 +241,10 @@ impl Spool {
             share: Share::new(&depot.budget, direction, account),
             next: 0,
             head: Pieces::new(0),
-            stored: 0..0,
-            file: None,
-            base: 0,
-            write: None,
-            write_turn: Turn::default(),
+            on_disk: OnDisk::default(),
             tail: Pieces::new(0),
-            read: None,
-            read_turn: Turn::default(),
-            fetched: Bytes::new(),
-            denied: None,
-            failure: None,
-            broken: false,
+            disk_faults: DiskFaults::default(),
             pause: None,
-            spilled: 0,
         }
     }
 
@@ -270,14 +270,14 @@ impl Spool {
 
     /// Number of bytes in memory, including those of the disk threads.
     pub fn memory(&self) -> u64 {
-        let writing = self.write.as_ref().map_or(0, |write| write.bytes);
-        let reading = self.read.as_ref().map_or(0, |read| read.bytes);
+        let writing = self.on_disk.write.as_ref().map_or(0, |write| write.bytes);
+        let reading = self.on_disk.read.as_ref().map_or(0, |read| read.bytes);
         self.share.memory() + writing + reading
     }
 
     /// Number of bytes ever written to disk.
     pub fn spilled(&self) -> u64 {
-        self.spilled
+        self.on_disk.spilled
     }
 
     /// Whether bytes that arrive now are for the file.
@@ -287,7 +287,7 @@ impl Spool {
 
     /// Whether the client's limit is what denies more.
     pub fn exceeds_client(&self) -> bool {
-        self.denied == Some(Denial::Client) || self.share.is_client_full()
+        self.disk_faults.denied == Some(Denial::Client) || self.share.is_client_full()
     }
 
     /// Appends a piece. It always fits: call [`Spool::room`] before receiving it, and [`Spool::room`] or
@@ -307,7 +307,7 @@ impl Spool {
     pub fn room(&mut self, cx: &mut Context<'_>) -> Result<Room, SpoolError> {
         self.settle(cx);
         let flush = self.flush(cx, false);
-        if let Some(failure) = self.failure.take() {
+        if let Some(failure) = self.disk_faults.failure.take() {
             return Err(failure);
         }
         let can_write = self.disk_left() > 0 && flush != Flush::Denied;
@@ -315,7 +315,7 @@ impl Spool {
             self.pause = None;
             return Ok(Room::Full);
         }
-        let writes = self.write.is_some() || flush == Flush::Queues;
+        let writes = self.on_disk.write.is_some() || flush == Flush::Queues;
         if self.share.is_full() {
             return Ok(if writes { Room::Disk } else { self.pause(cx) });
         }
@@ -342,14 +342,15 @@ impl Spool {
         if self.unread() == 0 {
             return Poll::Ready(Ok(None));
         }
-        if self.fetched.is_empty() && self.stored.contains(&self.next) && !self.head.contains(self.next) {
+        if self.on_disk.fetched.is_empty() && self.on_disk.stored.contains(&self.next) && !self.head.contains(self.next)
+        {
             match self.fetch(cx, max) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return Poll::Pending,
             }
         }
-        let popped = if !self.fetched.is_empty() {
+        let popped = if !self.on_disk.fetched.is_empty() {
             self.pop_fetched(max)
         } else if self.head.contains(self.next) {
             pop(&mut self.head, &mut self.share, self.next, max, self.keeps)
@@ -366,7 +367,7 @@ impl Spool {
     /// Shares all bytes with another holder, without a copy, if they are completely in memory. The budget counts them
     /// separately, although they are the same memory while both exist.
     pub fn share_memory(&mut self) -> Option<Held> {
-        if !self.stored.is_empty() || self.write.is_some() || self.share.spills() {
+        if !self.on_disk.stored.is_empty() || self.on_disk.write.is_some() || self.share.spills() {
             return None;
         }
         let mut share = self.share.another();
@@ -390,10 +391,10 @@ impl Spool {
             return;
         }
         self.next = 0;
-        self.read = None;
-        self.read_turn = Turn::default();
-        self.share.shrink_memory(self.fetched.len() as u64);
-        self.fetched = Bytes::new();
+        self.on_disk.read = None;
+        self.on_disk.read_turn = Turn::default();
+        self.share.shrink_memory(self.on_disk.fetched.len() as u64);
+        self.on_disk.fetched = Bytes::new();
     }
 
     /// Number of bytes in memory that count for the spool's limit.
@@ -408,13 +409,13 @@ impl Spool {
 
     /// Offset of the next write in the file.
     fn offset(&self) -> u64 {
-        let empty = self.stored.is_empty() && self.write.is_none();
-        if empty { 0 } else { self.tail.start() - self.base }
+        let empty = self.on_disk.stored.is_empty() && self.on_disk.write.is_none();
+        if empty { 0 } else { self.tail.start() - self.on_disk.base }
     }
 
     /// Number of bytes that it may still write.
     fn disk_left(&self) -> u64 {
-        if self.broken { 0 } else { self.limits.disk.saturating_sub(self.offset()) }
+        if self.disk_faults.broken { 0 } else { self.limits.disk.saturating_sub(self.offset()) }
     }
 
     /// Number of bytes in the tail that should be written now, and the cause.
@@ -444,20 +445,20 @@ impl Spool {
 
     /// Writes what is due, until a write is in progress.
     fn flush(&mut self, cx: &mut Context<'_>, idle: bool) -> Flush {
-        while self.write.is_none() {
+        while self.on_disk.write.is_none() {
             let Some((bytes, cause)) = self.due(idle) else {
-                self.write_turn = Turn::default();
+                self.on_disk.write_turn = Turn::default();
                 break;
             };
-            let Poll::Ready(permit) = self.write_turn.poll(&self.depot.disk, cx) else { return Flush::Queues };
+            let Poll::Ready(permit) = self.on_disk.write_turn.poll(&self.depot.disk, cx) else { return Flush::Queues };
             let grown = (self.offset() + bytes).saturating_sub(self.share.disk());
             if let Err(denial) = self.share.grow_disk(grown) {
-                if self.denied.replace(denial) != Some(denial) {
+                if self.disk_faults.denied.replace(denial) != Some(denial) {
                     self.depot.budget.count_denial(self.direction, denial);
                 }
                 return Flush::Denied;
             }
-            self.denied = None;
+            self.disk_faults.denied = None;
             self.write(permit, bytes, cause);
             self.count(cause);
             // The write may already be finished; otherwise the task is woken then.
@@ -467,14 +468,14 @@ impl Spool {
     }
 
     fn write(&mut self, permit: Permit, bytes: u64, cause: Cause) {
-        if self.stored.is_empty() {
+        if self.on_disk.stored.is_empty() {
             self.found(cause);
         }
-        let offset = self.tail.start() - self.base;
+        let offset = self.tail.start() - self.on_disk.base;
         let pieces = self.tail.take_front(bytes);
         let held = self.share.split_memory(bytes);
-        let written = self.depot.disk.write(permit, self.file.clone(), offset, pieces, held);
-        self.write = Some(Write { bytes, written });
+        let written = self.depot.disk.write(permit, self.on_disk.file.clone(), offset, pieces, held);
+        self.on_disk.write = Some(Write { bytes, written });
     }
 
     /// Prepares the first write to an empty file: bytes that may stay in memory become the head.
@@ -488,8 +489,8 @@ impl Spool {
         self.head = self.tail.split_front(stay);
         // The head may stay for long, and the rest of its pieces is about to be released.
         self.head.compact();
-        self.base = self.tail.start();
-        self.stored = self.base..self.base;
+        self.on_disk.base = self.tail.start();
+        self.on_disk.stored = self.on_disk.base..self.on_disk.base;
     }
 
     fn count(&mut self, cause: Cause) {
@@ -507,60 +508,60 @@ impl Spool {
 
     /// Handles a finished write; otherwise registers the task.
     fn settle(&mut self, cx: &mut Context<'_>) {
-        let Some(write) = &mut self.write else { return };
+        let Some(write) = &mut self.on_disk.write else { return };
         let Poll::Ready(written) = Pin::new(&mut write.written).poll(cx) else { return };
         let bytes = write.bytes;
-        self.write = None;
+        self.on_disk.write = None;
         match written {
             Ok(Ok(file)) => {
-                self.file = Some(file);
-                self.stored.end += bytes;
-                self.spilled += bytes;
+                self.on_disk.file = Some(file);
+                self.on_disk.stored.end += bytes;
+                self.on_disk.spilled += bytes;
             }
             Ok(Err(Unwritten { pieces, held, error })) => {
                 self.share.join(held);
                 self.tail.put_back(pieces);
-                self.broken = true;
-                self.failure = Some(error.into());
+                self.disk_faults.broken = true;
+                self.disk_faults.failure = Some(error.into());
             }
             Err(_) => {
                 // The unwritten bytes were lost with the thread. Without a file, no stale bytes are read in their
                 // place.
-                self.file = None;
-                self.stored.end += bytes;
-                self.broken = true;
-                self.failure = Some(SpoolError::Failed(gone()));
+                self.on_disk.file = None;
+                self.on_disk.stored.end += bytes;
+                self.disk_faults.broken = true;
+                self.disk_faults.failure = Some(SpoolError::Failed(gone()));
             }
         }
     }
 
     /// Reads back the next bytes.
     fn fetch(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<(), SpoolError>> {
-        if self.read.is_none() {
-            let Some(file) = self.file.clone() else { return Poll::Ready(Err(SpoolError::Failed(gone()))) };
-            let permit = std::task::ready!(self.read_turn.poll(&self.depot.disk, cx));
-            let left = self.stored.end - self.next;
+        if self.on_disk.read.is_none() {
+            let Some(file) = self.on_disk.file.clone() else { return Poll::Ready(Err(SpoolError::Failed(gone()))) };
+            let permit = std::task::ready!(self.on_disk.read_turn.poll(&self.depot.disk, cx));
+            let left = self.on_disk.stored.end - self.next;
             let bytes = usize::try_from(left).unwrap_or(usize::MAX).min(max);
             self.share.grow_memory(bytes as u64);
             let held = self.share.split_memory(bytes as u64);
-            let read = self.depot.disk.read(permit, file, self.next - self.base, bytes, held);
-            self.read = Some(Reading { bytes: bytes as u64, read });
+            let read = self.depot.disk.read(permit, file, self.next - self.on_disk.base, bytes, held);
+            self.on_disk.read = Some(Reading { bytes: bytes as u64, read });
         }
-        let Some(reading) = &mut self.read else { return Poll::Pending };
+        let Some(reading) = &mut self.on_disk.read else { return Poll::Pending };
         let read = std::task::ready!(Pin::new(&mut reading.read).poll(cx));
-        self.read = None;
+        self.on_disk.read = None;
         let (bytes, held) = read.unwrap_or_else(|_| Err(gone()))?;
         self.share.join(held);
         if !self.keeps {
             // An empty file is overwritten from its beginning.
-            self.stored.start += bytes.len() as u64;
+            self.on_disk.stored.start += bytes.len() as u64;
         }
-        self.fetched = bytes;
+        self.on_disk.fetched = bytes;
         Poll::Ready(Ok(()))
     }
 
     fn pop_fetched(&mut self, max: usize) -> Bytes {
-        let popped = self.fetched.split_to(max.min(self.fetched.len()));
+        let popped = self.on_disk.fetched.split_to(max.min(self.on_disk.fetched.len()));
         self.share.shrink_memory(popped.len() as u64);
         popped
     }
@@ -582,14 +583,14 @@ impl Spool {
 
 impl Drop for Spool {
     fn drop(&mut self) {
-        if let Some(write) = &mut self.write {
+        if let Some(write) = &mut self.on_disk.write {
             write.written.close();
             if let Ok(Ok(file)) = write.written.try_recv() {
-                self.file = Some(file);
+                self.on_disk.file = Some(file);
             }
         }
         // Closing a large file takes time.
-        if let Some(file) = self.file.take() {
+        if let Some(file) = self.on_disk.file.take() {
             self.depot.disk.close(file, self.share.split_disk());
         }
     }
@@ -736,7 +737,7 @@ pub(super) mod tests {
     async fn written(spool: &mut Spool) {
         soon(|cx| {
             spool.idle(cx);
-            if spool.write.is_some() { Poll::Pending } else { Poll::Ready(()) }
+            if spool.on_disk.write.is_some() { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
     }
@@ -1054,7 +1055,7 @@ pub(super) mod tests {
         while stage.metrics.disk_queue.get() > 0 {
             std::thread::yield_now();
         }
-        assert!(noticed.file.is_some() && unnoticed.file.is_none());
+        assert!(noticed.on_disk.file.is_some() && unnoticed.on_disk.file.is_none());
 
         stage.faults.hold();
         let mut others = [stage.consuming(limits), stage.consuming(limits)];
@@ -1155,7 +1156,7 @@ pub(super) mod tests {
                 Step::Ask(max) => self.ask(max),
                 Step::Idle => now(|cx| self.spool.idle(cx)),
                 Step::Rewind if self.spool.keeps => {
-                    self.forgotten += self.spool.read.as_ref().map_or(0, |read| read.bytes);
+                    self.forgotten += self.spool.on_disk.read.as_ref().map_or(0, |read| read.bytes);
                     self.spool.rewind();
                 }
                 Step::Rewind => {}
@@ -1212,7 +1213,7 @@ pub(super) mod tests {
                 assert!(self.spool.memory() <= most, "{} bytes of {most}", self.spool.memory());
             } else {
                 let held = self.spool.memory() + self.stage.depot.budget.disk();
-                assert!(held >= self.limits.memory || self.spool.broken, "{room:?} with {held} bytes");
+                assert!(held >= self.limits.memory || self.spool.disk_faults.broken, "{room:?} with {held} bytes");
             }
         }
 

@@ -59,11 +59,7 @@ pub struct Endpoint {
     pub metrics: Arc<EndpointMetrics>,
     /// Its names in sticky cookies; empty without session affinity.
     pub names: Box<[Name]>,
-    /// The weight from its source.
-    weight: AtomicU32,
-    priority: AtomicU32,
-    /// The weight set by the operator; 0: none.
-    weight_ordered: AtomicU32,
+    rank: Rank,
     availability: Word,
     /// Number of active exchanges, counted by [`super::Admission`].
     pub(super) inflight: AtomicU32,
@@ -71,13 +67,9 @@ pub struct Endpoint {
     /// When it last became available, in milliseconds from `base`, plus 1; 0: it always was.
     returned: AtomicU64,
     base: Instant,
-    transport: Arc<Transport>,
-    template: HttpPeer,
+    connections: Connections,
     /// The results of health checks. Not read on the request path.
     checks: Mutex<Record>,
-    dialer: Arc<Dialer>,
-    /// When its shared connections were last renewed, in milliseconds from `base`.
-    renewed: AtomicU64,
     /// Counters of outlier detection.
     pub(super) score: Score,
     pub(super) accusation: Accusation,
@@ -88,25 +80,19 @@ pub struct Endpoint {
 impl Endpoint {
     /// The endpoint that was `found`, with connections made by `transport`.
     pub(super) fn new(found: &Found, transport: &Arc<Transport>, metrics: Arc<EndpointMetrics>, now: Instant) -> Self {
-        let dialer = transport.dialer(&found.address, found.alternate);
         Endpoint {
             label: Arc::clone(&found.label),
             address: found.address.clone(),
             identity: format!("{} {}", found.label, found.address).into(),
             metrics,
             names: Box::default(),
-            weight: AtomicU32::new(found.weight.get()),
-            priority: AtomicU32::new(found.priority.into()),
-            weight_ordered: AtomicU32::new(0),
+            rank: Rank::of(found),
             availability: Word::default(),
             inflight: AtomicU32::new(0),
             latency: Latency::new(now),
             returned: AtomicU64::new(0),
             base: now,
-            transport: transport.clone(),
-            template: transport.peer(found.address.clone(), found.server_name.as_deref(), dialer.clone()),
-            dialer,
-            renewed: AtomicU64::new(0),
+            connections: Connections::to(found, transport),
             checks: Mutex::default(),
             score: Score::default(),
             accusation: Accusation::default(),
@@ -116,27 +102,17 @@ impl Endpoint {
 
     /// The Pingora peer, without a specific client: the address, the protocol and every timeout.
     pub fn peer(&self) -> Box<HttpPeer> {
-        let mut peer = Box::new(self.template.clone());
-        if let Some(address) = self.dialer.preferred() {
-            peer._address = SocketAddr::Inet(address);
-        }
-        // Zero except for shared connections.
-        peer.group_key = peer.group_key.wrapping_add(self.renewed.load(Ordering::Relaxed));
-        peer
+        self.connections.peer()
     }
 
     /// The peer for a client, whose address is sent if the PROXY protocol is used.
     pub fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
-        let mut peer = self.peer();
-        if self.transport.introduces_clients() {
-            self.transport.introduce(&mut peer, &self.dialer, parties());
-        }
-        peer
+        self.connections.peer_for(parties)
     }
 
     /// Creates connections without the PROXY protocol.
     pub fn dialer(&self) -> &Arc<Dialer> {
-        &self.dialer
+        &self.connections.dialer
     }
 
     /// A shared connection of this age gets no new exchanges: later ones share a new connection. Does nothing if
@@ -145,11 +121,7 @@ impl Endpoint {
         let millis =
             |time: Instant| u64::try_from(time.saturating_duration_since(self.base).as_millis()).unwrap_or(u64::MAX);
         let made = now.checked_sub(age).map_or(0, millis);
-        let last = self.renewed.load(Ordering::Relaxed);
-        if last <= made {
-            // A concurrent worker does the same.
-            let _ = self.renewed.compare_exchange(last, millis(now).max(1), Ordering::Relaxed, Ordering::Relaxed);
-        }
+        self.connections.renew(made, millis(now));
     }
 
     /// Copies the state of `earlier`, the same server with other settings: health and latency.
@@ -160,24 +132,23 @@ impl Endpoint {
 
     /// Applies the latest values from its source.
     pub(super) fn update(&self, found: &Found) {
-        self.weight.store(found.weight.get(), Ordering::Relaxed);
-        self.priority.store(found.priority.into(), Ordering::Relaxed);
-        self.dialer.set_pair(&self.address, found.alternate, Instant::now());
+        self.rank.update(found);
+        self.connections.dialer.set_pair(&self.address, found.alternate, Instant::now());
     }
 
     /// Its weight: the operator's or its source's.
     pub fn weight(&self) -> NonZeroU32 {
-        self.weight_ordered().or(NonZeroU32::new(self.weight.load(Ordering::Relaxed))).unwrap_or(NonZeroU32::MIN)
+        self.rank.weight()
     }
 
     /// The weight set by the operator; `None`: the source's weight applies.
     pub fn weight_ordered(&self) -> Option<NonZeroU32> {
-        NonZeroU32::new(self.weight_ordered.load(Ordering::Relaxed))
+        self.rank.ordered()
     }
 
     /// Its tier; 0 serves first.
     pub fn priority(&self) -> u8 {
-        self.priority.load(Ordering::Relaxed) as u8
+        self.rank.priority()
     }
 
     /// Whether it may be chosen, and if not, why.
@@ -216,7 +187,7 @@ impl Endpoint {
     /// Sets whether its source has removed it. As with the methods below: if the change matters, the caller calls
     /// [`super::Upstream::reassess`].
     pub fn set_removed(&self, removed: bool, now: Instant) -> Change {
-        self.dialer.set_retired(removed);
+        self.connections.dialer.set_retired(removed);
         self.changed(self.availability.set_removed(removed), now)
     }
 
@@ -227,7 +198,7 @@ impl Endpoint {
 
     /// Sets the operator's weight; `None`: the source's weight.
     pub fn set_weight(&self, weight: Option<NonZeroU32>) {
-        self.weight_ordered.store(weight.map_or(0, NonZeroU32::get), Ordering::Relaxed);
+        self.rank.set_ordered(weight);
     }
 
     /// Sets the result of health checks, and whether unknown counts as healthy.
@@ -262,6 +233,87 @@ impl Endpoint {
         match ended.seen().latency {
             Lesson::Took(time) => self.latency.observe(time, now),
             Lesson::AtLeast(time) => self.latency.observe_failure(time, now),
+        }
+    }
+}
+
+/// The rank of an endpoint among the others: its tier and its weight.
+struct Rank {
+    priority: AtomicU32,
+    /// The weight from the endpoint's source.
+    weight: AtomicU32,
+    /// The weight set by the operator; 0: none.
+    ordered: AtomicU32,
+}
+
+impl Rank {
+    fn of(found: &Found) -> Self {
+        let (priority, weight) = (AtomicU32::new(found.priority.into()), AtomicU32::new(found.weight.get()));
+        Rank { priority, weight, ordered: AtomicU32::new(0) }
+    }
+
+    fn update(&self, found: &Found) {
+        self.weight.store(found.weight.get(), Ordering::Relaxed);
+        self.priority.store(found.priority.into(), Ordering::Relaxed);
+    }
+
+    fn priority(&self) -> u8 {
+        self.priority.load(Ordering::Relaxed) as u8
+    }
+
+    fn weight(&self) -> NonZeroU32 {
+        self.ordered().or(NonZeroU32::new(self.weight.load(Ordering::Relaxed))).unwrap_or(NonZeroU32::MIN)
+    }
+
+    fn ordered(&self) -> Option<NonZeroU32> {
+        NonZeroU32::new(self.ordered.load(Ordering::Relaxed))
+    }
+
+    fn set_ordered(&self, weight: Option<NonZeroU32>) {
+        self.ordered.store(weight.map_or(0, NonZeroU32::get), Ordering::Relaxed);
+    }
+}
+
+/// How connections to an endpoint are made.
+struct Connections {
+    transport: Arc<Transport>,
+    template: HttpPeer,
+    dialer: Arc<Dialer>,
+    /// When shared connections were last renewed, in milliseconds from the endpoint's `base`.
+    renewed: AtomicU64,
+}
+
+impl Connections {
+    fn to(found: &Found, transport: &Arc<Transport>) -> Self {
+        let dialer = transport.dialer(&found.address, found.alternate);
+        let template = transport.peer(found.address.clone(), found.server_name.as_deref(), dialer.clone());
+        Connections { transport: transport.clone(), template, dialer, renewed: AtomicU64::new(0) }
+    }
+
+    fn peer(&self) -> Box<HttpPeer> {
+        let mut peer = Box::new(self.template.clone());
+        if let Some(address) = self.dialer.preferred() {
+            peer._address = SocketAddr::Inet(address);
+        }
+        // Zero except for shared connections.
+        peer.group_key = peer.group_key.wrapping_add(self.renewed.load(Ordering::Relaxed));
+        peer
+    }
+
+    fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
+        let mut peer = self.peer();
+        if self.transport.introduces_clients() {
+            self.transport.introduce(&mut peer, &self.dialer, parties());
+        }
+        peer
+    }
+
+    /// Renews shared connections that were `made` at this time, unless later ones share a new connection already.
+    fn renew(&self, made: u64, now: u64) {
+        let last = self.renewed.load(Ordering::Relaxed);
+        if last <= made {
+            // A concurrent worker does the same.
+            let _ = self.renewed.compare_exchange(last, now.max(1), Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 }

@@ -30,11 +30,8 @@ const ON_THE_WAY: &[&str] = &[
 const WIDE: &[(&str, usize)] = &[
     ("client/connection.rs Connection", 19),
     ("client/connection.rs Listener", 30),
-    ("client/intake.rs Intake", 23),
     ("client/session.rs Link", 18),
-    ("client/spool.rs Spool", 22),
     ("upstream.rs Upstream", 19),
-    ("upstream/endpoint.rs Endpoint", 21),
 ];
 
 /// Limit on the lines of a function, including its signature and braces.
