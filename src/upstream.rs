@@ -94,20 +94,10 @@ pub struct Upstream {
     pub metrics: UpstreamMetrics,
     /// How connections to its endpoints are made.
     pub transport: Arc<Transport>,
-    /// The settings for future rosters.
-    load_balancing: LoadBalancing,
-    /// The keys of hash policies; empty for other policies.
-    keys: Keys,
-    /// Session affinity, if configured.
-    sticky: Option<Sticky>,
+    affinity: Affinity,
     /// Its limits and queue.
     pub admission: Arc<Admission>,
-    /// Every endpoint from its source, then removed ones that are still in use.
-    members: ArcSwap<Vec<Arc<Endpoint>>>,
-    roster: ArcSwap<Roster>,
-    /// Held while the members or the roster change, never on a worker.
-    changing: Mutex<()>,
-    reassess: Notify,
+    membership: Membership,
     discovery: Discovery,
     checks: Option<Checks>,
     /// Its retry budget.
@@ -119,6 +109,27 @@ pub struct Upstream {
     written: config::Upstream,
     /// Its successor, once this one serves only old exchanges. An inner `None`: it has no successor.
     successor: OnceLock<Option<Weak<Upstream>>>,
+}
+
+/// What ties a request to an endpoint.
+struct Affinity {
+    /// The settings for future rosters.
+    load_balancing: LoadBalancing,
+    /// The keys of hash policies; empty for other policies.
+    keys: Keys,
+    /// Session affinity, if configured.
+    sticky: Option<Sticky>,
+}
+
+/// The endpoints of an upstream.
+#[derive(Default)]
+struct Membership {
+    /// Every endpoint from its source, then removed ones that are still in use.
+    members: ArcSwap<Vec<Arc<Endpoint>>>,
+    roster: ArcSwap<Roster>,
+    /// Held while the members or the roster change, never on a worker.
+    changing: Mutex<()>,
+    reassess: Notify,
 }
 
 /// Time limits of the endpoints of an upstream.
@@ -221,15 +232,10 @@ impl Upstream {
             timeouts,
             metrics,
             transport: shares.map_or_else(|| Arc::new(transport), |before| before.transport.clone()),
-            load_balancing: written.load_balancing.clone(),
-            keys,
-            sticky,
+            affinity: Affinity { load_balancing: written.load_balancing.clone(), keys, sticky },
             admission: shares
                 .map_or_else(|| Admission::new(written, limits, Instant::now()), |before| before.admission.clone()),
-            members: ArcSwap::default(),
-            roster: ArcSwap::default(),
-            changing: Mutex::new(()),
-            reassess: Notify::new(),
+            membership: Membership::default(),
             discovery,
             checks,
             retries: shares.map(|before| before.retries.clone()).unwrap_or_default(),
@@ -259,7 +265,7 @@ impl Upstream {
     /// state if connection settings and limits are equal; otherwise only their health state. Not for workers.
     pub fn succeed(&self, before: &Upstream) {
         let now = Instant::now();
-        let earlier = before.members.load();
+        let earlier = before.membership.members.load();
         let known: HashMap<(&str, &SocketAddr), &Arc<Endpoint>> =
             earlier.iter().map(|endpoint| ((&*endpoint.label, &endpoint.address), endpoint)).collect();
         let found = merged(self.discovery.found());
@@ -267,11 +273,11 @@ impl Upstream {
         let stay: Vec<Arc<Endpoint>> =
             stay.filter(|endpoint| !endpoint.availability().is_removed()).map(|&endpoint| endpoint.clone()).collect();
         if Arc::ptr_eq(&self.transport, &before.transport) {
-            self.members.store(Arc::new(stay));
-            self.roster.store(before.roster.load_full());
+            self.membership.members.store(Arc::new(stay));
+            self.membership.roster.store(before.membership.roster.load_full());
         }
         self.discovered(found);
-        for endpoint in self.members.load().iter() {
+        for endpoint in self.membership.members.load().iter() {
             let Some(earlier) = known.get(&(&*endpoint.label, &endpoint.address)) else { continue };
             if !Arc::ptr_eq(endpoint, earlier) {
                 endpoint.resemble(earlier);
@@ -285,8 +291,8 @@ impl Upstream {
                 (Some(checks), Some(_)) => checks.judge(endpoint, now),
             }
         }
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let members = self.members.load().to_vec();
+        let _changing = self.membership.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let members = self.membership.members.load().to_vec();
         self.publish(members, Vec::new());
     }
 
@@ -298,7 +304,7 @@ impl Upstream {
 
     /// The load balancing policy.
     pub fn policy(&self) -> Policy {
-        self.load_balancing.policy
+        self.affinity.load_balancing.policy
     }
 
     /// Number of exchanges with one of its endpoints.
@@ -338,18 +344,18 @@ impl Upstream {
     /// The hash of an exchange's key for [`Upstream::select`], or a random number without a key. Computed once per
     /// exchange, so that all attempts use the same.
     pub fn hash(&self, asked: &Asked<'_>) -> u64 {
-        if self.keys.is_empty() { 0 } else { self.keys.hash(asked).unwrap_or_else(rand::random) }
+        if self.affinity.keys.is_empty() { 0 } else { self.affinity.keys.hash(asked).unwrap_or_else(rand::random) }
     }
 
     /// The affinity in the request's cookie; `None` without a cookie with a valid signature.
     pub fn stuck(&self, asked: &Asked<'_>) -> Option<Stuck> {
-        let sticky = self.sticky.as_ref()?;
+        let sticky = self.affinity.sticky.as_ref()?;
         sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
     }
 
     /// The `Set-Cookie` for the endpoint that responded; `None` if none is needed or configured.
     pub fn cookie(&self, stuck: Option<&Stuck>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
-        let sticky = self.sticky.as_ref()?;
+        let sticky = self.affinity.sticky.as_ref()?;
         let stays = stuck.is_some_and(|stuck| !stuck.is_old && endpoint.names.contains(&stuck.endpoint));
         if stays { None } else { sticky.write(&endpoint.names, https, SystemTime::now()) }
     }
@@ -378,10 +384,12 @@ impl Upstream {
             stays.map_or_else(|| roster.engage(hash, tried, &self.admission, now), Choice::Engaged)
         };
         self.with_leave(now, || {
-            let roster = self.roster.load();
+            let roster = self.membership.roster.load();
             match choose(&roster) {
                 // All were removed meanwhile, and there are new ones.
-                Choice::NoEndpoint if !Arc::ptr_eq(&roster, &self.roster.load()) => choose(&self.roster.load()),
+                Choice::NoEndpoint if !Arc::ptr_eq(&roster, &self.membership.roster.load()) => {
+                    choose(&self.membership.roster.load())
+                }
                 choice => choice,
             }
         })
@@ -417,7 +425,7 @@ impl Upstream {
 
     /// Whether there is an endpoint that is not in `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
-        self.roster.load().has_more(tried)
+        self.membership.roster.load().has_more(tried)
     }
 
     /// A permit for a retry; `None` if retries are over the budget.
@@ -447,7 +455,7 @@ impl Upstream {
 
     /// All endpoints, available or not.
     pub fn members(&self) -> Arc<Vec<Arc<Endpoint>>> {
-        self.members.load_full()
+        self.membership.members.load_full()
     }
 
     /// Replaces the list of endpoints by what a source has found. Endpoints that stay keep their active exchanges
@@ -456,9 +464,9 @@ impl Upstream {
     /// An address that is found twice becomes one endpoint with the sum of the weights, the lower tier, and the
     /// first label.
     pub fn discovered(&self, found: Vec<Found>) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.membership.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        let before = self.members.load();
+        let before = self.membership.members.load();
         let known: HashMap<(&str, &SocketAddr), &Arc<Endpoint>> =
             before.iter().map(|endpoint| ((&*endpoint.label, &endpoint.address), endpoint)).collect();
         let found = merged(found);
@@ -473,7 +481,7 @@ impl Upstream {
                 None => {
                     let metrics = self.metrics.endpoint(&found.label);
                     let mut endpoint = Endpoint::new(found, &self.transport, metrics, now);
-                    if let Some(sticky) = &self.sticky {
+                    if let Some(sticky) = &self.affinity.sticky {
                         endpoint.names = sticky.names(&endpoint.identity);
                     }
                     if !before.is_empty() {
@@ -506,7 +514,7 @@ impl Upstream {
     /// workers.
     pub fn order(&self, name: &str, order: Order) -> Vec<Arc<Endpoint>> {
         let now = Instant::now();
-        let members = self.members.load();
+        let members = self.membership.members.load();
         let meant = |endpoint: &&Arc<Endpoint>| *endpoint.label == *name || endpoint.address.to_string() == name;
         let meant: Vec<Arc<Endpoint>> = members.iter().filter(meant).cloned().collect();
         let mut orders = self.orders();
@@ -523,26 +531,26 @@ impl Upstream {
 
     /// The availability of an endpoint has changed: schedules a new roster. Cheap, callable from anywhere.
     pub fn reassess(&self) {
-        self.reassess.notify_one();
+        self.membership.reassess.notify_one();
     }
 
     /// Rebuilds the roster on demand.
     async fn keep_roster(&self) {
         loop {
             // The end of a removed endpoint's last exchange sends no signal.
-            let removed = self.members.load().iter().any(|endpoint| endpoint.availability().is_removed());
+            let removed = self.membership.members.load().iter().any(|endpoint| endpoint.availability().is_removed());
             match removed {
-                true if timeout(REMOVED_LOOK, self.reassess.notified()).await.is_err() => {
+                true if timeout(REMOVED_LOOK, self.membership.reassess.notified()).await.is_err() => {
                     self.forget();
                     continue;
                 }
                 true => {}
-                false => self.reassess.notified().await,
+                false => self.membership.reassess.notified().await,
             }
             let began = Instant::now();
             {
-                let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-                let members = self.members.load().to_vec();
+                let _changing = self.membership.changing.lock().unwrap_or_else(PoisonError::into_inner);
+                let members = self.membership.members.load().to_vec();
                 self.publish(members, Vec::new());
             }
             // Unavailable endpoints are skipped immediately, so the others can wait if building a roster takes
@@ -553,10 +561,10 @@ impl Upstream {
 
     /// Drops removed endpoints without active exchanges. They are in no roster.
     fn forget(&self) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut members = self.members.load().to_vec();
+        let _changing = self.membership.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = self.membership.members.load().to_vec();
         members.retain(Self::is_kept);
-        self.members.store(Arc::new(members));
+        self.membership.members.store(Arc::new(members));
     }
 
     fn is_kept(endpoint: &Arc<Endpoint>) -> bool {
@@ -581,8 +589,8 @@ impl Upstream {
     /// so that there is always an endpoint to choose; those without active exchanges are dropped.
     fn publish(&self, mut members: Vec<Arc<Endpoint>>, leaving: Vec<Arc<Endpoint>>) {
         members.retain(Self::is_kept);
-        let before = self.roster.load();
-        let roster = Roster::new(&self.load_balancing, &members, &before);
+        let before = self.membership.roster.load();
+        let roster = Roster::new(&self.affinity.load_balancing, &members, &before);
         if roster.panics() != before.panics() {
             match roster.panics() {
                 true => warn!(upstream = %self.name, "too few endpoints are available: requests go to all of them"),
@@ -591,7 +599,7 @@ impl Upstream {
         }
         self.metrics.panic.set(roster.panics().into());
         let roster = Arc::new(roster);
-        self.roster.store(Arc::clone(&roster));
+        self.membership.roster.store(Arc::clone(&roster));
         let now = Instant::now();
         for endpoint in leaving {
             endpoint.set_removed(true, now);
@@ -604,7 +612,7 @@ impl Upstream {
             let room = if roster.is_empty() { u32::MAX } else { self.admission.room(roster.members()) };
             self.admission.queue().changed(room);
         }
-        self.members.store(Arc::new(members));
+        self.membership.members.store(Arc::new(members));
     }
 
     /// Resolves all names; returns errors for required names that do not exist.
@@ -630,7 +638,7 @@ impl Group for Upstream {
             // The successor reports endpoints that stay.
             let told: HashSet<*const Endpoint> =
                 successor.iter().flat_map(|next| next.members().iter().map(Arc::as_ptr).collect::<Vec<_>>()).collect();
-            let members = self.members.load();
+            let members = self.membership.members.load();
             let left = members.iter().filter(|one| one.inflight() > 0 && !told.contains(&Arc::as_ptr(one)));
             left.for_each(|endpoint| {
                 tell(Present {
@@ -642,7 +650,7 @@ impl Group for Upstream {
             });
             return;
         }
-        for endpoint in &**self.members.load() {
+        for endpoint in &**self.membership.members.load() {
             let availability = endpoint.availability();
             tell(Present {
                 label: &endpoint.label,
@@ -937,7 +945,7 @@ mod tests {
         assert_eq!(selected(&upstream, 4), counts(&[("10.0.0.2:80 10.0.0.2:80", 4)]), "at once");
         upstream.reassess();
         let until = async |available: usize| {
-            while upstream.roster.load().len() != available {
+            while upstream.membership.roster.load().len() != available {
                 tokio::task::yield_now().await;
             }
         };

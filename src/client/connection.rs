@@ -457,14 +457,10 @@ pub struct Connection {
     /// The worker's cycle of the accept; `None` if no recording needs it. Boxed, since most connections have none.
     pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
-    half_close_aborts: AtomicBool,
+    flags: Flags,
     /// Encrypted bytes that the socket has accepted.
     taken: AtomicU64,
-    settled: AtomicBool,
     tunnel: OnceLock<Arc<Tunnel>>,
-    reset: AtomicBool,
-    cut: AtomicBool,
-    ends: AtomicBool,
     socket: OnceLock<RawFd>,
     /// The path past the session of an exchange, on HTTP/1.
     way: OnceLock<WeakBypass>,
@@ -474,6 +470,16 @@ pub struct Connection {
     carrier: Option<Arc<Connection>>,
     /// Released with the connection. A carried connection has none of its own.
     counted: Option<Counted>,
+}
+
+/// What is known of a connection and its end.
+#[derive(Default)]
+struct Flags {
+    half_close_aborts: AtomicBool,
+    settled: AtomicBool,
+    reset: AtomicBool,
+    cut: AtomicBool,
+    ends: AtomicBool,
 }
 
 /// The result of a handshake, its start and its duration.
@@ -512,13 +518,9 @@ impl Connection {
             accepted,
             accepted_in,
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
-            half_close_aborts: AtomicBool::new(false),
+            flags: Flags::default(),
             taken: AtomicU64::new(0),
-            settled: AtomicBool::new(false),
             tunnel: OnceLock::new(),
-            reset: AtomicBool::new(false),
-            cut: AtomicBool::new(false),
-            ends: AtomicBool::new(false),
             socket: OnceLock::new(),
             way: OnceLock::new(),
             fault: OnceLock::new(),
@@ -660,20 +662,20 @@ impl Connection {
 
     /// Sets whether a client that closes its sending side after a complete request counts as gone.
     pub fn set_half_close_aborts(&self, aborts: bool) {
-        self.half_close_aborts.store(aborts, Ordering::Relaxed);
+        self.flags.half_close_aborts.store(aborts, Ordering::Relaxed);
     }
 
     pub(super) fn half_close_aborts(&self) -> bool {
-        self.half_close_aborts.load(Ordering::Relaxed)
+        self.flags.half_close_aborts.load(Ordering::Relaxed)
     }
 
     /// Records that a response has begun: the connection is no longer a newcomer.
     pub fn settle(&self) {
-        self.settled.store(true, Ordering::Relaxed);
+        self.flags.settled.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Relaxed)
+        self.flags.settled.load(Ordering::Relaxed)
     }
 
     /// Switches to another protocol after a 101: all further bytes pass unchanged.
@@ -694,30 +696,30 @@ impl Connection {
 
     /// Prevents further requests, on HTTP/1.
     pub fn end_after_answer(&self) {
-        self.ends.store(true, Ordering::Relaxed);
+        self.flags.ends.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn ends(&self) -> bool {
-        self.ends.load(Ordering::Relaxed)
+        self.flags.ends.load(Ordering::Relaxed)
     }
 
     /// Records that the response was cut: its end must not be marked as regular (`close_notify`, RFC 9112 §9.8).
     pub fn break_off(&self) {
-        self.cut.store(true, Ordering::Relaxed);
+        self.flags.cut.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn breaks_off(&self) -> bool {
-        self.cut.load(Ordering::Relaxed)
+        self.flags.cut.load(Ordering::Relaxed)
     }
 
     /// Records that the response was cut and its end could be taken for a regular one: the connection closes with a
     /// reset (RFC 9112 §8).
     pub fn close_with_reset(&self) {
-        self.reset.store(true, Ordering::Relaxed);
+        self.flags.reset.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn resets(&self) -> bool {
-        self.reset.load(Ordering::Relaxed)
+        self.flags.reset.load(Ordering::Relaxed)
     }
 
     /// The fault that the stream found in the client's bytes, if any.

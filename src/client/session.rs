@@ -106,16 +106,29 @@ pub struct Link {
     wire: Mutex<Wire>,
     /// Whether the buffered session replaces the client's own.
     stands_in: AtomicBool,
-    received: AtomicU64,
-    /// The length of a body that was buffered completely; `u64::MAX` if there is none.
-    length: AtomicU64,
-    buffered: AtomicU64,
-    spilled: AtomicU64,
+    body: BodyCounts,
     /// The write timeout of the client's own session, for what it writes itself.
     write_timeout: Option<Duration>,
     /// The class of the lane's turn in use, as its index in `Class::ALL`; `NO_TURN` if there is none.
     turn: AtomicUsize,
     lanes: Arc<Lanes>,
+}
+
+/// Bytes of the request body.
+struct BodyCounts {
+    received: AtomicU64,
+    /// The length of a body that was buffered completely; `u64::MAX` if there is none.
+    length: AtomicU64,
+    buffered: AtomicU64,
+    /// Those of them that were on disk.
+    spilled: AtomicU64,
+}
+
+impl BodyCounts {
+    fn none() -> Self {
+        let zero = || AtomicU64::new(0);
+        BodyCounts { received: zero(), length: AtomicU64::new(u64::MAX), buffered: zero(), spilled: zero() }
+    }
 }
 
 /// The limits of the current attempt, and the timer that fires when one of them may be exceeded.
@@ -267,7 +280,7 @@ impl Link {
 
     /// The length of the request body if it was buffered completely.
     pub fn length(&self) -> Option<u64> {
-        Some(self.length.load(Ordering::Relaxed)).filter(|&length| length != u64::MAX)
+        Some(self.body.length.load(Ordering::Relaxed)).filter(|&length| length != u64::MAX)
     }
 
     /// Whether bytes of the response may have been sent, so that it can no longer be replaced.
@@ -288,13 +301,13 @@ impl Link {
     /// The status that was sent (0: none), and the body bytes received from the client and sent to it.
     pub fn outcome(&self) -> (u16, u64, u64) {
         let wire = self.wire();
-        (wire.status(), self.received.load(Ordering::Relaxed), wire.sent())
+        (wire.status(), self.body.received.load(Ordering::Relaxed), wire.sent())
     }
 
     /// Body bytes transferred so far, for a journal. While a request body is received, the wire is in use and has sent
     /// nothing.
     pub fn passed(&self) -> Passed {
-        let received = self.received.load(Ordering::Relaxed);
+        let received = self.body.received.load(Ordering::Relaxed);
         match self.wire.try_lock() {
             Ok(wire) => Passed { received, answered: wire.came(), sent: wire.sent() },
             Err(_) => Passed { received, ..Passed::default() },
@@ -304,7 +317,7 @@ impl Link {
     /// Bytes that were buffered in either direction, and those of them that were on disk.
     pub fn spooled(&self) -> (u64, u64) {
         let (buffered, spilled) = self.wire().spooled();
-        (buffered + self.buffered.load(Ordering::Relaxed), spilled + self.spilled.load(Ordering::Relaxed))
+        (buffered + self.body.buffered.load(Ordering::Relaxed), spilled + self.body.spilled.load(Ordering::Relaxed))
     }
 
     /// Whether the client uses HTTP/2.
@@ -372,7 +385,7 @@ impl Link {
     /// the close. Every wait of an exchange with a buffered session polls this.
     fn watch(&self, wire: &mut Wire, cx: &mut Context<'_>) {
         let stage = self.stage();
-        let has_body = || self.received.load(Ordering::Relaxed) > 0 || self.length().is_some();
+        let has_body = || self.body.received.load(Ordering::Relaxed) > 0 || self.length().is_some();
         let unwatched = match stage {
             Stage::Unconnected | Stage::Connecting | Stage::Sending => true,
             // Pingora polls the session, unless it is still delivering the last pieces of a body.
@@ -604,10 +617,7 @@ impl BufferedSession {
             over: Mutex::new(None),
             wire: Mutex::new(wire),
             stands_in: AtomicBool::new(false),
-            received: AtomicU64::new(0),
-            length: AtomicU64::new(u64::MAX),
-            buffered: AtomicU64::new(0),
-            spilled: AtomicU64::new(0),
+            body: BodyCounts::none(),
             write_timeout,
             turn: AtomicUsize::new(NO_TURN),
             lanes,
@@ -673,7 +683,7 @@ impl BufferedSession {
                 return Poll::Ready(Err(Unread::Fault(Fault { phase: Phase::Buffer, ..fault })));
             }
             let mut waits = |received| {
-                link.received.store(received, Ordering::Relaxed);
+                link.body.received.store(received, Ordering::Relaxed);
                 waiting();
             };
             let filled = intake.poll_fill(cx, &mut link.wire(), &mut waits);
@@ -685,19 +695,19 @@ impl BufferedSession {
             filled
         })
         .await;
-        link.received.store(self.intake.received(), Ordering::Relaxed);
+        link.body.received.store(self.intake.received(), Ordering::Relaxed);
         self.note_spooled();
         filled?;
         if let Some(length) = self.intake.whole() {
-            self.link.length.store(length, Ordering::Relaxed);
+            self.link.body.length.store(length, Ordering::Relaxed);
         }
         Ok(())
     }
 
     fn note_spooled(&self) {
         let (buffered, spilled) = self.intake.spooled();
-        self.link.buffered.store(buffered, Ordering::Relaxed);
-        self.link.spilled.store(spilled, Ordering::Relaxed);
+        self.link.body.buffered.store(buffered, Ordering::Relaxed);
+        self.link.body.spilled.store(spilled, Ordering::Relaxed);
     }
 
     async fn tap(&mut self, tasks: &mut [HttpTask]) -> Result<()> {
@@ -739,7 +749,7 @@ impl BufferedSession {
         }
         drop(wire);
         let piece = ready!(piece);
-        self.link.received.store(self.intake.received(), Ordering::Relaxed);
+        self.link.body.received.store(self.intake.received(), Ordering::Relaxed);
         Poll::Ready(piece.map_err(|unread| match unread {
             Unread::Failed(error) => error,
             Unread::Fault(fault) => self.link.fail(fault, ErrorType::ReadTimedout),
