@@ -234,7 +234,7 @@ where
                 Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
             },
             // Clients of other protocols would not understand a response.
-            Err(refusal) if entrance::speaks_tls(listener) || listener.tcp.is_some() => {
+            Err(refusal) if entrance::speaks_tls(listener) || listener.relays.tcp.is_some() => {
                 listener.metrics.refusals.count(refusal)
             }
             Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
@@ -440,7 +440,7 @@ where
         self.enter(ConnectionState::Idle);
         let metrics = &self.front.desk.metrics;
         let _accept = (self.served == 0).then(|| metrics.enter_phase(Phase::Accept, self.connection.accepted));
-        let idle = self.connection.listener.idle_timeout;
+        let idle = self.connection.listener.terms.idle_timeout;
         tokio::select! {
             came = within(idle, NoClient::ItsIo, stream.park()) => came.unwrap_or(false),
             _ = self.shutdown.wait_for(|stopping| *stopping) => false,
@@ -528,7 +528,7 @@ where
             }
             opening
         });
-        let opening = within(self.connection.listener.header_timeout, NoClient::ItsIo, open);
+        let opening = within(self.connection.listener.terms.header_timeout, NoClient::ItsIo, open);
         tokio::select! {
             biased;
             opening = opening => opening.unwrap_or(Err(&refusal::HEADER_TIMEOUT)),
@@ -551,7 +551,8 @@ where
             metrics.http1_requests.inc()
         }
         // Near a shutdown, every response is the last of its connection.
-        let last = self.served >= listener.requests_max || self.front.desk.ending.is_near() || listener.is_leaving();
+        let last =
+            self.served >= listener.terms.requests_max || self.front.desk.ending.is_near() || listener.is_leaving();
         if request.head.upgrades {
             return self.proxy_upgrade(stream, &request, request.head.closes || last, arrival).await;
         }
@@ -638,7 +639,7 @@ where
             _ = self.shutdown.wait_for(|closing| *closing) => {}
             () = http2.is_to_move() => {}
             _ = ended.wait_for(|ended| *ended) => {}
-            () = http2.streams.idle(self.connection.listener.idle_timeout) => {}
+            () = http2.streams.idle(self.connection.listener.terms.idle_timeout) => {}
         }
         // Sends GOAWAY. A shutdown waits until the client has received the end of the last response.
         http2.end();
@@ -729,7 +730,7 @@ struct ActiveStream<P> {
 impl<P> ActiveStream<P> {
     /// Counts a stream, unless the limit is reached.
     fn enter(http2: &Arc<Http2<P>>) -> Option<Self> {
-        let (streams, most) = (&http2.streams, http2.connection.listener.streams_max);
+        let (streams, most) = (&http2.streams, http2.connection.listener.http2.streams_max);
         let more = |active: usize| (active < most).then_some(active + 1);
         streams.active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
         let number = streams.opened.fetch_add(1, Ordering::Relaxed) + 1;
@@ -778,7 +779,7 @@ where
         let listener = &http2.connection.listener;
         let _inflight = desk.ending.inflight.enter();
         listener.metrics.h2_requests.inc();
-        if self.number == listener.requests_max || desk.ending.is_near() || listener.is_leaving() {
+        if self.number == listener.terms.requests_max || desk.ending.is_near() || listener.is_leaving() {
             http2.end();
         }
         let now = Instant::now();
@@ -794,7 +795,7 @@ where
     async fn carry(self, carried: http2::websocket::Carried, ending: ShutdownWatch) {
         let http2 = &self.http2;
         let listener = &http2.connection.listener;
-        if self.number == listener.requests_max || http2.front.desk.ending.is_near() || listener.is_leaving() {
+        if self.number == listener.terms.requests_max || http2.front.desk.ending.is_near() || listener.is_leaving() {
             http2.end();
         }
         let connection = Connection::carried(&http2.connection);

@@ -571,8 +571,8 @@ fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
 
 fn listened(address: &str, listener: &Listener) -> ListenerStatus {
     let metrics = &listener.metrics;
-    let (tls, tcp) = (listener.tls.is_some(), listener.tcp.is_some());
-    let http = [(listener.http1, "http1"), (listener.h2, "h2"), (listener.h2c, "h2c")]
+    let (tls, tcp) = (listener.tls.is_some(), listener.relays.tcp.is_some());
+    let http = [(listener.protocols.http1, "http1"), (listener.protocols.h2, "h2"), (listener.protocols.h2c, "h2c")]
         .map(|(speaks, name)| (speaks && !tcp, name));
     let spoken = [(tcp, "tcp"), (tls, "tls")].into_iter().chain(http);
     ListenerStatus {

@@ -45,24 +45,62 @@ pub struct Listener {
     pub name: String,
     /// Whether it is a Unix socket, whose clients have no address.
     pub unix: bool,
+    /// The versions of HTTP.
+    pub protocols: Protocols,
+    /// The peers that must send the PROXY protocol, if any.
+    pub proxy_protocol: Option<Expected>,
+    /// TLS, if enabled.
+    pub tls: Option<Arc<Tls>>,
+    /// Connections that are relayed.
+    pub relays: Relays,
+    /// What moves clients to HTTPS.
+    pub https: Https,
+    /// Limits of a connection.
+    pub terms: Terms,
+    /// Settings of HTTP/2.
+    pub http2: Http2Terms,
+    /// Its metrics.
+    pub metrics: ListenerMetrics,
+    /// The number of the first configuration with these settings.
+    pub generation: u64,
+    /// Its active connections, handshakes and requests; shared by all versions of the listener with the same name.
+    under_way: Arc<Busy>,
+    common: Arc<Common>,
+    per_client: PerClient,
+    limits: config::listener::Limits,
+    /// Number of open connections that were accepted with these settings.
+    open: AtomicU64,
+}
+
+/// The versions of HTTP that a listener accepts.
+#[derive(Clone, Copy, Debug)]
+pub struct Protocols {
     /// Whether HTTP/1 is enabled.
     pub http1: bool,
     /// Whether HTTP/2 in clear text is enabled.
     pub h2c: bool,
     /// Whether HTTP/2 over TLS is enabled.
     pub h2: bool,
-    /// The peers that must send the PROXY protocol, if any.
-    pub proxy_protocol: Option<Expected>,
-    /// TLS, if enabled.
-    pub tls: Option<Arc<Tls>>,
+}
+
+/// Relays of a listener.
+pub struct Relays {
     /// Server names whose TLS connections are passed through, and their destinations.
     pub passthrough: Names<Arc<Relay>>,
     /// The destination of all connections, if they are passed through.
     pub tcp: Option<Arc<Relay>>,
+}
+
+/// What moves the clients of a listener to HTTPS, or keeps them there.
+pub struct Https {
     /// The redirect to HTTPS, if all requests get one.
     pub redirect: Option<Redirect>,
     /// The value of `Strict-Transport-Security`, if it is sent.
     pub hsts: Option<HeaderValue>,
+}
+
+/// Limits of a connection and its requests.
+pub struct Terms {
     /// The limits of request headers.
     pub head: HeadLimits,
     /// How fields with unusual names are treated.
@@ -73,27 +111,25 @@ pub struct Listener {
     pub idle_timeout: Duration,
     /// Maximum number of requests per connection.
     pub requests_max: u64,
+}
+
+/// Settings of HTTP/2 connections.
+pub struct Http2Terms {
     /// Maximum number of concurrent requests per HTTP/2 connection.
     pub streams_max: usize,
     /// The limits that HTTP/2 clients receive in SETTINGS.
-    pub h2_options: H2Options,
+    pub options: H2Options,
     /// The limits for the behaviour of HTTP/2 clients.
-    pub http2_rules: Rules,
-    /// Its metrics.
-    pub metrics: ListenerMetrics,
-    /// The number of the first configuration with these settings.
-    pub generation: u64,
-    /// Its active connections, handshakes and requests; shared by all versions of the listener with the same name.
-    under_way: Arc<Busy>,
-    common: Arc<Common>,
-    connections_per_ip: u64,
+    pub rules: Rules,
+}
+
+/// What each client may have at a listener.
+struct PerClient {
+    connections: u64,
     connection_rates: Arc<Rates>,
-    handshakes_per_ip: u64,
+    handshakes: u64,
     handshake_rates: Arc<Rates>,
-    requests_per_ip: u64,
-    limits: config::listener::Limits,
-    /// Number of open connections that were accepted with these settings.
-    open: AtomicU64,
+    requests: u64,
 }
 
 /// The active connections, handshakes and requests of a listener, across changes of its settings.
@@ -208,7 +244,7 @@ impl Listener {
     ) -> Self {
         let Fittings { tls, passthrough, tcp } = fittings;
         let (limits, spoken) = (&written.limits, written.spoken());
-        let http2_rules = Rules::build(&written.http2);
+        let rules = Rules::build(&written.http2);
         let metrics = metrics.listener(&written.name);
         let under_way = before.map_or_else(|| Arc::new(Busy::new(common)), |before| before.under_way.clone());
         // A rate with unchanged settings keeps its state.
@@ -220,41 +256,52 @@ impl Listener {
             let old = &before.limits;
             (old.handshake_rate, old.handshake_rate_per_ip) == (limits.handshake_rate, limits.handshake_rate_per_ip)
         });
+        let per_client = PerClient {
+            connections: limits.connections_per_ip.0,
+            connection_rates: connection_rates.map_or_else(
+                || Arc::new(Rates::new(limits.connection_rate, limits.connection_rate_per_ip)),
+                |before| before.per_client.connection_rates.clone(),
+            ),
+            handshakes: limits.handshakes_per_ip.0,
+            handshake_rates: handshake_rates.map_or_else(
+                || Arc::new(Rates::new(limits.handshake_rate, limits.handshake_rate_per_ip)),
+                |before| before.per_client.handshake_rates.clone(),
+            ),
+            requests: common.shares.requests_of_client(limits.requests_per_ip.0),
+        };
+        let speaks = |protocol| spoken.contains(&protocol);
         Listener {
             name: written.name.clone(),
             unix: written.address.unix_path().is_some(),
-            http1: spoken.contains(&Protocol::Http1),
-            h2c: spoken.contains(&Protocol::H2c),
-            h2: spoken.contains(&Protocol::H2),
+            protocols: Protocols {
+                http1: speaks(Protocol::Http1),
+                h2c: speaks(Protocol::H2c),
+                h2: speaks(Protocol::H2),
+            },
             proxy_protocol: written.proxy_protocol.as_ref().map(Expected::build),
             tls,
-            passthrough,
-            tcp,
-            redirect: written.redirect_https.map(|written| Redirect { port: written.port, status: written.status }),
-            hsts: hsts(written),
-            head: HeadLimits { fields: limits.headers.0 as usize, bytes: limits.header_bytes.0 as usize },
-            odd_names: written.odd_header_names,
-            header_timeout: written.timeouts.header.0,
-            idle_timeout: written.timeouts.idle.0,
-            requests_max: limits.requests_per_connection.0,
-            streams_max: usize::try_from(limits.streams.0).unwrap_or(usize::MAX),
-            h2_options: h2_options(written, &http2_rules),
-            http2_rules,
+            relays: Relays { passthrough, tcp },
+            https: Https {
+                redirect: written.redirect_https.map(|written| Redirect { port: written.port, status: written.status }),
+                hsts: hsts(written),
+            },
+            terms: Terms {
+                head: HeadLimits { fields: limits.headers.0 as usize, bytes: limits.header_bytes.0 as usize },
+                odd_names: written.odd_header_names,
+                header_timeout: written.timeouts.header.0,
+                idle_timeout: written.timeouts.idle.0,
+                requests_max: limits.requests_per_connection.0,
+            },
+            http2: Http2Terms {
+                streams_max: usize::try_from(limits.streams.0).unwrap_or(usize::MAX),
+                options: h2_options(written, &rules),
+                rules,
+            },
             metrics,
             generation,
             under_way,
-            connections_per_ip: limits.connections_per_ip.0,
-            connection_rates: connection_rates.map_or_else(
-                || Arc::new(Rates::new(limits.connection_rate, limits.connection_rate_per_ip)),
-                |before| before.connection_rates.clone(),
-            ),
-            handshakes_per_ip: limits.handshakes_per_ip.0,
-            handshake_rates: handshake_rates.map_or_else(
-                || Arc::new(Rates::new(limits.handshake_rate, limits.handshake_rate_per_ip)),
-                |before| before.handshake_rates.clone(),
-            ),
-            requests_per_ip: common.shares.requests_of_client(limits.requests_per_ip.0),
             common: common.clone(),
+            per_client,
             limits: limits.clone(),
             open: AtomicU64::new(0),
         }
@@ -308,16 +355,16 @@ impl Listener {
     fn admit(&self, client: Option<IpAddr>) -> Result<Option<Counting>, &'static Refusal> {
         let account = client.and_then(|client| self.common.accounts.of(client));
         let owner = account.as_ref().map(|account| account.client());
-        self.connection_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
+        self.per_client.connection_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
             Excess::Client => &refusal::ACCEPT_RATE_PER_IP,
             Excess::All => &refusal::ACCEPT_RATE,
         })?;
         let Some(account) = account else { return Ok(None) };
         let has = account.count(Quota::Connections);
-        if self.connections_per_ip != Count::UNLIMITED.0 && !self.common.crowd.admits(has) {
+        if self.per_client.connections != Count::UNLIMITED.0 && !self.common.crowd.admits(has) {
             return Err(&refusal::ACCEPT_CONNECTIONS_PER_IP);
         }
-        let counting = account.enter(Quota::Connections, self.under_way.number.number, self.connections_per_ip);
+        let counting = account.enter(Quota::Connections, self.under_way.number.number, self.per_client.connections);
         counting.map(Some).ok_or(&refusal::ACCEPT_CONNECTIONS_PER_IP)
     }
 }
@@ -517,7 +564,7 @@ impl Connection {
             local,
             accepted,
             accepted_in,
-            write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
+            write_idle_ms: AtomicU64::new(listener.terms.header_timeout.as_millis() as u64),
             flags: Flags::default(),
             taken: AtomicU64::new(0),
             tunnel: OnceLock::new(),
@@ -577,7 +624,7 @@ impl Connection {
     ///
     /// The refusal for the client, if a limit of the client or of the listener is reached.
     pub fn begin_request(&self) -> Result<UnderWay, &'static Refusal> {
-        let client = self.place_of_client(Quota::Requests, self.listener.requests_per_ip);
+        let client = self.place_of_client(Quota::Requests, self.listener.per_client.requests);
         let client = client.ok_or(&refusal::ROUTE_REQUESTS_PER_IP)?;
         UnderWay::enter(&self.listener, |listener| &listener.under_way.requests, client).ok_or(&refusal::ROUTE_REQUESTS)
     }
@@ -589,11 +636,11 @@ impl Connection {
     /// The reason against it, if a rate or a limit is exceeded.
     pub fn begin_handshake(&self) -> Result<UnderWay, &'static Refusal> {
         let owner = self.account().map(|account| account.client());
-        self.listener.handshake_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
+        self.listener.per_client.handshake_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
             Excess::Client => &refusal::HANDSHAKE_RATE_PER_IP,
             Excess::All => &refusal::HANDSHAKE_RATE,
         })?;
-        let client = self.place_of_client(Quota::Handshakes, self.listener.handshakes_per_ip);
+        let client = self.place_of_client(Quota::Handshakes, self.listener.per_client.handshakes);
         let client = client.ok_or(&refusal::HANDSHAKE_LIMIT_PER_IP)?;
         UnderWay::enter(&self.listener, |listener| &listener.under_way.handshakes, client)
             .ok_or(&refusal::HANDSHAKE_LIMIT)

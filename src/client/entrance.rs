@@ -72,12 +72,12 @@ pub struct Refused {
 
 /// Whether any step is needed between the listener's sockets and HTTP.
 pub fn is_needed(listener: &Listener) -> bool {
-    listener.proxy_protocol.is_some() || speaks_tls(listener) || listener.tcp.is_some()
+    listener.proxy_protocol.is_some() || speaks_tls(listener) || listener.relays.tcp.is_some()
 }
 
 /// Whether clients begin with a ClientHello.
 pub fn speaks_tls(listener: &Listener) -> bool {
-    listener.tls.is_some() || !listener.passthrough.is_empty()
+    listener.tls.is_some() || !listener.relays.passthrough.is_empty()
 }
 
 /// Runs the steps of a socket. `None`: the client closed the connection before it sent a byte.
@@ -94,7 +94,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
         Some(expected) => {
             state.enter(ConnectionState::Handshake);
             let _seat = metrics.enter_phase(Phase::Accept, counted.accepted());
-            match introduced(&mut raw, expected, ends, &counted, listener.idle_timeout).await {
+            match introduced(&mut raw, expected, ends, &counted, listener.terms.idle_timeout).await {
                 Ok(Some(ends)) => ends,
                 Ok(None) => return Ok(None),
                 Err(refusal) => return Err(Refused { refusal, answerable: None, peer: ends.peer }),
@@ -104,13 +104,13 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     let counted = match counted.admit(ends.peer.map(|peer| peer.ip())) {
         Ok(counted) => counted,
         Err(refusal) => {
-            let is_http = !speaks_tls(&listener) && listener.tcp.is_none();
+            let is_http = !speaks_tls(&listener) && listener.relays.tcp.is_none();
             let answerable = is_http.then(|| raw.into_parts().0);
             return Err(Refused { refusal, answerable, peer: ends.peer });
         }
     };
     let connection = Connection::new(counted, ends.peer, ends.local);
-    if let Some(relay) = &listener.tcp {
+    if let Some(relay) = &listener.relays.tcp {
         return Ok(Some(Entered::Relay { raw: Box::new(raw), relay: relay.clone(), name: None, connection }));
     }
     if !speaks_tls(&listener) {
@@ -122,7 +122,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
         state.enter(ConnectionState::Idle);
         let _seat = metrics.enter_phase(Phase::Accept, connection.accepted);
         // A client that sends nothing is treated like one that sends slowly.
-        let patience = patience.min(listener.idle_timeout);
+        let patience = patience.min(listener.terms.idle_timeout);
         if raw.front().is_empty()
             && !within(patience, NoClient::ItsIo, raw.fill()).await.is_some_and(|read| read.unwrap_or(false))
         {
@@ -136,7 +136,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     let _seat = metrics.enter_phase(Phase::Handshake, begun);
     raw.tell(connection.clone());
     // Boxed, so that a waiting connection does not hold the memory of a handshake.
-    let secured = Box::pin(secure(raw, listener.tls.as_deref(), &listener.passthrough));
+    let secured = Box::pin(secure(raw, listener.tls.as_deref(), &listener.relays.passthrough));
     let secured = within(patience, NoClient::ItsIo, secured).await;
     match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
         Ok(Secured::Here(stream, facts)) => {

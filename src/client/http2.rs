@@ -79,10 +79,10 @@ pub async fn serve(
     mut begin: impl FnMut(Opened),
     mut refuse: impl FnMut(&'static Refusal),
 ) {
-    let (watch, progress) = (Watch::new(&listener.http2_rules), io.progress());
+    let (watch, progress) = (Watch::new(&listener.http2.rules), io.progress());
     let (socket, digest) = (io.id(), io.get_socket_digest());
-    let guard = Guard::new(io, watch.clone(), listener.header_timeout);
-    let mut connection = match listener.h2_options.handshake::<_, Bytes>(guard).await {
+    let guard = Guard::new(io, watch.clone(), listener.terms.header_timeout);
+    let mut connection = match listener.http2.options.handshake::<_, Bytes>(guard).await {
         Ok(connection) => connection,
         Err(error) => return tracing::debug!(%error, "an HTTP/2 handshake failed"),
     };

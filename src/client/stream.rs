@@ -363,7 +363,7 @@ impl Core {
     fn poll_open(&mut self, cx: &mut Context<'_>, scanner: &mut Scanner) -> Poll<Result<Opening, &'static Refusal>> {
         // Over TLS, ALPN alone determines the protocol.
         let agreed = self.connection.agreed_on_h2();
-        let h2c = agreed.unwrap_or(self.connection.listener.h2c);
+        let h2c = agreed.unwrap_or(self.connection.listener.protocols.h2c);
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
                 self.gulp = usize::MAX;
@@ -376,7 +376,7 @@ impl Core {
                     return Poll::Ready(Err(&refusal::HEADER_ALPN));
                 }
                 if !self.is_quiet()
-                    && let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)?
+                    && let Some(end) = scanner.scan(&self.inbox, self.connection.listener.terms.head)?
                 {
                     return Poll::Ready(self.close_header(end));
                 }
@@ -410,7 +410,7 @@ impl Core {
     }
 
     fn close_header(&mut self, end: usize) -> Result<Opening, &'static Refusal> {
-        if !self.connection.listener.http1 && !self.connection.is_carried() {
+        if !self.connection.listener.protocols.http1 && !self.connection.is_carried() {
             head::inspect(&self.inbox[..end])?;
             return Err(&refusal::HEADER_VERSION);
         }

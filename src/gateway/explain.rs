@@ -289,11 +289,11 @@ impl Explainer {
         let authority = question.url.authority().ok_or_else(|| {
             Unclear::Request(format!("`{}` is not a URL: write one such as https://host/path", question.url))
         })?;
-        if let Some(relay) = &listener.tcp {
+        if let Some(relay) = &listener.relays.tcp {
             return Ok((Outcome::PassedOn { upstream: relay.upstream.name.to_string() }, None));
         }
         let name = authority.host().to_ascii_lowercase();
-        if let Some(relay) = listener.passthrough.find(&name) {
+        if let Some(relay) = listener.relays.passthrough.find(&name) {
             return Ok((Outcome::PassedOn { upstream: relay.upstream.name.to_string() }, None));
         }
         if let Some(tls) = &listener.tls
@@ -310,7 +310,7 @@ impl Explainer {
             header += &format!("{name}: {value}\r\n");
         }
         header += "\r\n";
-        let whole = Scanner::default().scan(header.as_bytes(), listener.head).and_then(|end| match end {
+        let whole = Scanner::default().scan(header.as_bytes(), listener.terms.head).and_then(|end| match end {
             Some(end) if end == header.len() => inspect(header.as_bytes()),
             _ => Err(&refusal::HEADER_MALFORMED),
         });

@@ -89,7 +89,7 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
         return Err(&refusal::HEADER_METHOD);
     }
     if request.version == Version::HTTP_2 {
-        let fields_max = connection.as_ref().map_or(usize::MAX, |connection| connection.listener.head.fields);
+        let fields_max = connection.as_ref().map_or(usize::MAX, |connection| connection.listener.terms.head.fields);
         if request.headers.len() > fields_max {
             return Err(&refusal::HEADER_TOO_MANY);
         }

@@ -26,7 +26,7 @@ pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict
 
 /// Responds on a listener that only redirects to HTTPS. `None`: the listener serves requests.
 pub fn redirect(exchange: &Exchange, request: &RequestHeader) -> Option<Verdict> {
-    let redirect = exchange.client.connection.as_ref()?.listener.redirect?;
+    let redirect = exchange.client.connection.as_ref()?.listener.https.redirect?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
     let Some(location) = location(redirect, host, target) else {
@@ -62,7 +62,7 @@ fn location(redirect: Redirect, host: &str, target: &str) -> Option<HeaderValue>
 /// Sets `Strict-Transport-Security` if the listener requires it. It must not be sent in clear text (RFC 6797 §7.2).
 pub fn insist(exchange: &Exchange, response: &mut ResponseHeader) {
     let connection = exchange.client.connection.as_ref().filter(|connection| connection.tls().is_some());
-    if let Some(hsts) = connection.and_then(|connection| connection.listener.hsts.clone()) {
+    if let Some(hsts) = connection.and_then(|connection| connection.listener.https.hsts.clone()) {
         // This replaces the upstream's own field: a browser uses only the first.
         let name: HeaderName = header::STRICT_TRANSPORT_SECURITY;
         let _ = response.insert_header(name, hsts);

@@ -87,7 +87,7 @@ impl Client {
 
     /// How fields with unusual names are treated.
     pub fn odd_names(&self) -> OddNames {
-        self.connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names)
+        self.connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.terms.odd_names)
     }
 
     /// The client for waits, and for the account of held bodies: the peer, unless it acts for another client. `target`
