@@ -68,7 +68,9 @@ const BYTES_MAX: u64 = 16 << 20;
 
 /// Reads a file and its includes, and translates them.
 ///
-/// # Errors The file is missing, has invalid syntax, or contains no `server`.
+/// # Errors
+///
+/// The file is missing, has invalid syntax, or contains no `server`.
 pub fn file(path: &Path) -> Result<Imported, Error> {
     let unreadable = |error| Error::Unreadable(path.to_owned(), error);
     if fs::metadata(path).map_err(unreadable)?.len() > BYTES_MAX {
@@ -82,7 +84,9 @@ pub fn file(path: &Path) -> Result<Imported, Error> {
 
 /// Translates the text of a file.
 ///
-/// # Errors As for [`file()`].
+/// # Errors
+///
+/// As for [`file()`].
 pub fn text(name: &str, text: &str, files: grammar::Files<'_>) -> Result<Imported, Error> {
     let mut missing = Vec::new();
     let directives = grammar::read(name, text, files, &mut missing).map_err(Error::Fault)?;

@@ -34,7 +34,9 @@ pub enum Key {
 impl Key {
     /// Checks that requests can have such a key.
     ///
-    /// # Errors The name is not a valid header or cookie name, or the expression has errors; the path is that of
+    /// # Errors
+    ///
+    /// The name is not a valid header or cookie name, or the expression has errors; the path is that of
     /// the choice.
     pub fn check(&self) -> Result<(), BuildError> {
         match self {

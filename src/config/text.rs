@@ -40,7 +40,9 @@ impl Text {
 
 /// Prepares named texts that are evaluated when an exchange has ended.
 ///
-/// # Errors All invalid expressions; their paths begin with the name.
+/// # Errors
+///
+/// All invalid expressions; their paths begin with the name.
 pub fn named(written: &BTreeMap<String, Text>) -> Result<Named, Vec<BuildError>> {
     let (mut named, mut errors) = (Vec::new(), Vec::new());
     for (name, text) in written {

@@ -127,7 +127,9 @@ impl Map {
 
     /// The map at this key, created if missing.
     ///
-    /// # Panics If the value at this key is not a map.
+    /// # Panics
+    ///
+    /// If the value at this key is not a map.
     pub fn at(&mut self, key: &str) -> &mut Map {
         if !self.0.iter().any(|entry| entry.key == key) {
             self.put(key, Node::Map(Map::default()));

@@ -119,7 +119,9 @@ fn variable(name: &str) -> Option<String> {
 impl Variables {
     /// Converts a text with variables.
     ///
-    /// # Errors The variable without an equivalent.
+    /// # Errors
+    ///
+    /// The variable without an equivalent.
     pub fn made(&self, text: &str) -> Result<Made, String> {
         let mut parts: Vec<Made> = Vec::new();
         for piece in pieces(text) {
@@ -144,7 +146,9 @@ impl Variables {
 
     /// Converts the condition of an `if`, given as words including the parentheses.
     ///
-    /// # Errors The part without an equivalent.
+    /// # Errors
+    ///
+    /// The part without an equivalent.
     pub fn condition(&self, words: &[String]) -> Result<String, String> {
         // The parentheses are separate words, or part of the first and the last word.
         let mut words = words.to_vec();
@@ -203,7 +207,9 @@ impl Made {
 
 /// Converts a PCRE pattern to Forebay's syntax.
 ///
-/// # Errors It uses a feature that only PCRE has.
+/// # Errors
+///
+/// It uses a feature that only PCRE has.
 pub fn regular(pattern: &str, any_case: bool) -> Result<String, String> {
     // PCRE has two forms of named groups that Rust lacks.
     let pattern = pattern.replace("(?'", "(?<");
@@ -218,7 +224,9 @@ pub fn regular(pattern: &str, any_case: bool) -> Result<String, String> {
 
 /// The same for a whole path: nginx searches for a match anywhere.
 ///
-/// # Errors As for [`regular`].
+/// # Errors
+///
+/// As for [`regular`].
 pub fn whole(pattern: &str, any_case: bool) -> Result<String, String> {
     regular(pattern, any_case)?;
     // A pattern with alternatives at its top level cannot be trimmed.

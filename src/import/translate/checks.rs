@@ -8,7 +8,9 @@ use crate::config::write::{Map, Node};
 
 /// Translates `auth_basic` with its file to `basic_auth`; `None` if it is not used.
 ///
-/// # Errors The check has no equivalent.
+/// # Errors
+///
+/// The check has no equivalent.
 pub fn password<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Result<Map, &'d Directive>> {
     let directive = last(levels, "auth_basic").filter(|directive| directive.word(0) != "off")?;
     let file = last(levels, "auth_basic_user_file").filter(|file| !file.word(0).contains('$'));
@@ -24,7 +26,9 @@ pub fn password<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Result<M
 /// Translates `auth_request` to `forward_auth`, if its location is a proxy; `None` if it is not used. Values from
 /// `auth_request_set` become request header fields, and are added to `variables`.
 ///
-/// # Errors The check has no equivalent.
+/// # Errors
+///
+/// The check has no equivalent.
 pub fn service<'d>(
     work: &mut Work<'d>,
     levels: &Levels<'d>,

@@ -21,7 +21,9 @@ pub struct Target {
 impl Target {
     /// Parses the argument of `proxy_pass` or `grpc_pass`.
     ///
-    /// # Errors The part without an equivalent.
+    /// # Errors
+    ///
+    /// The part without an equivalent.
     pub fn read(directive: &Directive, variables: &Variables) -> Result<Target, String> {
         let written = directive.word(0);
         let url = match variables.made(written)? {

@@ -121,7 +121,9 @@ impl Client {
 
     /// Reads the response to a request with this method; each interim response (1xx) counts as one.
     ///
-    /// # Panics If the connection ends before the header.
+    /// # Panics
+    ///
+    /// If the connection ends before the header.
     pub fn response_to(&mut self, method: &str) -> Response {
         self.try_response_to(method).expect("an answer before the connection closes")
     }

@@ -296,7 +296,9 @@ impl Exchange {
 
     /// Waits for the response header and returns the status.
     ///
-    /// # Panics If there is none.
+    /// # Panics
+    ///
+    /// If there is none.
     pub fn status(&mut self) -> u16 {
         self.try_status().expect("an answer before the end of the connection or the stream")
     }
@@ -498,7 +500,9 @@ impl Answer {
 
     /// Asserts that the gateway refused with this status and reason, such as `buffer.too_large`.
     ///
-    /// # Panics If it did not.
+    /// # Panics
+    ///
+    /// If it did not.
     pub fn refused(&self, status: u16, reason: &str) {
         assert_eq!((self.status, self.end), (status, End::Complete), "{}", self.text());
         assert!(self.text().contains(reason), "{reason} was expected: {}", self.text());
@@ -509,7 +513,9 @@ impl Answer {
     /// Asserts that the test origin received exactly the first `length` bytes of its content, with this framing:
     /// `chunked`, `none`, or `content-length: 5`.
     ///
-    /// # Panics If it did not.
+    /// # Panics
+    ///
+    /// If it did not.
     pub fn arrived(&self, length: u64, framing: &str) {
         assert_eq!((self.status, self.end), (200, End::Complete), "{}", String::from_utf8_lossy(&self.body));
         let got: Value = serde_json::from_slice(&self.body).expect("what the origin saw");
@@ -520,7 +526,9 @@ impl Answer {
 
     /// Asserts that the client received exactly the first `length` bytes of the test origin's content.
     ///
-    /// # Panics If it did not.
+    /// # Panics
+    ///
+    /// If it did not.
     pub fn is_content(&self, length: u64) {
         assert_eq!((self.status, self.end, self.length), (200, End::Complete, length));
         assert_eq!(self.sha256, Digest::of_content(length).sha256(), "what came of {length} bytes");

@@ -93,7 +93,9 @@ impl Frame {
 
     /// The error code of a RST_STREAM or a GOAWAY.
     ///
-    /// # Panics If it is neither.
+    /// # Panics
+    ///
+    /// If it is neither.
     pub fn code(&self) -> u32 {
         let at = match self.kind {
             kind::RST_STREAM => 0,
@@ -184,7 +186,9 @@ impl Frames {
 
     /// Sends raw bytes.
     ///
-    /// # Panics If the gateway has gone.
+    /// # Panics
+    ///
+    /// If the gateway has gone.
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         self.pipe.write_all(bytes).expect("the gateway to take bytes");
     }
@@ -210,7 +214,9 @@ impl Frames {
 
     /// The next frame; settings and pings are answered. `None` if the connection has ended in any way.
     ///
-    /// # Panics On timeout.
+    /// # Panics
+    ///
+    /// On timeout.
     pub fn next(&mut self) -> Option<Frame> {
         let mut header = [0; 9];
         self.exactly(&mut header)?;
@@ -227,7 +233,9 @@ impl Frames {
 
     /// Waits for a frame of this type.
     ///
-    /// # Panics If the connection ends first.
+    /// # Panics
+    ///
+    /// If the connection ends first.
     pub fn until(&mut self, kind: u8) -> Frame {
         loop {
             let frame = self.next().expect("a frame before the end of the connection");
@@ -239,7 +247,9 @@ impl Frames {
 
     /// Waits until the gateway ends the connection, and returns the error code.
     ///
-    /// # Panics If there was no GOAWAY.
+    /// # Panics
+    ///
+    /// If there was no GOAWAY.
     pub fn goodbye(&mut self) -> u32 {
         let mut code = None;
         while let Some(frame) = self.next() {

@@ -275,7 +275,9 @@ impl Setup {
 
     /// A gateway with this file; only one worker, an admin endpoint and the access log are added.
     ///
-    /// # Panics If it is not YAML.
+    /// # Panics
+    ///
+    /// If it is not YAML.
     pub fn whole(written: &str) -> Setup {
         let setup = Setup::new("");
         let mut file: serde_yaml::Value = serde_yaml::from_str(written).unwrap_or_else(|e| panic!("{written}\n{e}"));
@@ -339,7 +341,9 @@ impl Setup {
 
     /// Starts it in this process.
     ///
-    /// # Panics If it does not start; with its report.
+    /// # Panics
+    ///
+    /// If it does not start; with its report.
     pub fn start(&self) -> Gateway {
         let builder = self.builder();
         let config = builder.parse("test.yaml", &self.yaml()).unwrap_or_else(|e| panic!("{}\n{e}", self.yaml()));
@@ -755,7 +759,9 @@ impl LogLine {
 
     /// A numeric field.
     ///
-    /// # Panics If it is missing.
+    /// # Panics
+    ///
+    /// If it is missing.
     pub fn number(&self, field: &str) -> f64 {
         self.value[field].as_f64().unwrap_or_else(|| panic!("no number `{field}` in {}", self.text))
     }

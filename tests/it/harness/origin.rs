@@ -130,7 +130,9 @@ impl Origin {
 
     /// Waits for the next connection.
     ///
-    /// # Panics On timeout.
+    /// # Panics
+    ///
+    /// On timeout.
     pub fn accept(&self) -> Connection {
         self.accepted.recv_timeout(DEADLINE).expect("a connection to the origin")
     }
@@ -157,7 +159,9 @@ impl Origin {
 
     /// The only request it received.
     ///
-    /// # Panics If it received none, or several.
+    /// # Panics
+    ///
+    /// If it received none, or several.
     pub fn request(&self) -> Request {
         let mut requests = self.requests();
         assert_eq!(requests.len(), 1, "requests that came to the origin");
@@ -220,7 +224,9 @@ impl Connection {
 
     /// Sends all bytes.
     ///
-    /// # Panics If the gateway does not accept them.
+    /// # Panics
+    ///
+    /// If the gateway does not accept them.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.wire.send(bytes).expect("the gateway to take bytes");
     }

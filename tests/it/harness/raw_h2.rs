@@ -47,7 +47,9 @@ impl RawH2 {
 
     /// Accepts a connection as a server.
     ///
-    /// # Panics If it does not begin with the preface.
+    /// # Panics
+    ///
+    /// If it does not begin with the preface.
     pub fn server(connection: Connection) -> RawH2 {
         let mut raw = RawH2 { wire: connection.into_wire() };
         assert_eq!(raw.wire.exactly(PREFACE.len()).0, PREFACE, "the preface");

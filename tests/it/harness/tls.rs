@@ -288,7 +288,9 @@ impl Secured {
 
     /// The session, for resumption.
     ///
-    /// # Panics If the server sent no ticket.
+    /// # Panics
+    ///
+    /// If the server sent no ticket.
     pub fn session(&self) -> SslSession {
         if self.version() == "TLSv1.2" {
             // The callback is not called for a renewed TLS 1.2 ticket.

@@ -188,7 +188,9 @@ impl Wire {
 
     /// Reads a header; `None` if the peer closed before its first byte.
     ///
-    /// # Panics If it is incomplete, malformed, or does not arrive.
+    /// # Panics
+    ///
+    /// If it is incomplete, malformed, or does not arrive.
     pub fn head(&mut self) -> Option<Head> {
         loop {
             if let Some(end) = find(&self.read, b"\r\n\r\n") {
@@ -203,7 +205,9 @@ impl Wire {
 
     /// Reads a body.
     ///
-    /// # Panics If its chunks are malformed, or on timeout.
+    /// # Panics
+    ///
+    /// If its chunks are malformed, or on timeout.
     pub fn body(&mut self, framing: Framing) -> (Vec<u8>, End) {
         let (mut body, mut left) = (Vec::new(), framing.begin());
         loop {
@@ -217,7 +221,9 @@ impl Wire {
     /// Reads a part of a body, at most `max` bytes at once from the socket. It is empty only at the end of the
     /// body; `left` shows the end with the last part or after it.
     ///
-    /// # Panics If its chunks are malformed, or on timeout.
+    /// # Panics
+    ///
+    /// If its chunks are malformed, or on timeout.
     pub fn piece(&mut self, left: &mut Left, max: usize) -> Vec<u8> {
         loop {
             *left = match *left {
@@ -364,7 +370,9 @@ impl Head {
 
     /// The value of a field that occurs at most once.
     ///
-    /// # Panics If it occurs more than once.
+    /// # Panics
+    ///
+    /// If it occurs more than once.
     pub fn value(&self, name: &str) -> Option<&str> {
         let values = self.values(name);
         assert!(values.len() < 2, "{name} is there more than once: {values:?}");
@@ -405,7 +413,9 @@ impl Head {
 
     /// The status of a response.
     ///
-    /// # Panics If the first line is not an HTTP/1 status line.
+    /// # Panics
+    ///
+    /// If the first line is not an HTTP/1 status line.
     pub fn status(&self) -> u16 {
         let mut words = self.first_line.splitn(3, ' ');
         let version = words.next().unwrap_or_default();
