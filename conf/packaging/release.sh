@@ -5,7 +5,7 @@
 # share one directory, so that BoringSSL is compiled once.
 #
 #   FOREBAY_PGO=off     builds once and does not train
-#   FOREBAY_TRAIN=10    seconds for each of the eight kinds of load; 4 by default
+#   FOREBAY_TRAIN=10    seconds for each of the nine kinds of load; 4 by default
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

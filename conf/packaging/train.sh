@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a Forebay that was built with counters: train.sh PROGRAM DIRECTORY SECONDS
 #
-# Eight kinds of load, SECONDS each, over loopback: what a gateway does all day, and each protocol once. The backend is the
+# Nine kinds of load, SECONDS each, over loopback: what a gateway does all day, and each protocol once. The backend is the
 # test origin of the same program, whose counts are thrown away.
 set -euo pipefail
 
@@ -42,6 +42,14 @@ listeners:
   - { name: tls, address: 127.0.0.1:0, tls: { certificates: [ { cert: $work/cert.pem, key: $work/key.pem } ], default: localhost } }
 upstreams: { origin: { endpoints: [ { address: $origin } ] } }
 routes:
+  - name: rules
+    match: { path: { prefix: /bytes/129 }, when: '!("x-admin" in request.headers) && request.host != "admin.test"' }
+    filters:
+      - { headers: { request: { remove: [ X-Bot ] } }, when: 'request.headers["user-agent"].matches("(?i)scrapy|headless")' }
+      - { headers: { request: { remove: [ X-User ] } }, when: 'request.path.startsWith("/api/") && request.headers["x-user"] != ""' }
+      - { headers: { request: { remove: [ X-Beta ] } }, when: 'request.cookies["beta"] == "1" || request.args["debug"] == "1"' }
+      - { headers: { request: { remove: [ X-Put ] } }, when: 'request.method in ["PUT", "DELETE"] || cidr("10.0.0.0/8").containsIP(source.address)' }
+    upstream: origin
   - { name: api, match: { path: { prefix: /headers } }, filters: [ { request_id: {} } ], upstream: origin }
   - { name: all, upstream: origin }
 admin: { address: 127.0.0.1:0 }
@@ -60,6 +68,7 @@ load() {
 }
 load wrk -t1 -c64 -d"${seconds}s" "http://$web/bytes/128"
 load wrk -t1 -c64 -d"${seconds}s" "http://$web/headers?page=2"
+load wrk -t1 -c64 -d"${seconds}s" -H "Cookie: theme=dark" "http://$web/bytes/129"
 load wrk -t1 -c16 -d"${seconds}s" -H "Connection: close" "http://$web/bytes/128"
 load wrk -t1 -c32 -d"${seconds}s" "http://$web/bytes/64KiB"
 load wrk -t1 -c16 -d"${seconds}s" "http://$web/chunked/1MiB"
