@@ -1,8 +1,9 @@
-//! Files that filters use and that are reloaded when they change: users, keys, lists of networks. One watcher serves all.
+//! Files that filters use and that are reloaded when they change: users, keys, lists of networks. One watcher serves
+//! all.
 //!
 //! The owner of a file's content registers the names with [`Files::keep`] and is called when it should check them. The
-//! system reports changes in the directories of the files, so a file that is replaced by a rename and a changed symbolic
-//! link are noticed. Each file is also checked periodically, because not every file system reports changes.
+//! system reports changes in the directories of the files, so a file that is replaced by a rename and a changed
+//! symbolic link are noticed. Each file is also checked periodically, because not every file system reports changes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

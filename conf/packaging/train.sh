@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains a Forebay that was built with counters: train.sh PROGRAM DIRECTORY SECONDS
 #
-# Nine kinds of load, SECONDS each, over loopback: what a gateway does all day, and each protocol once. The backend is the
-# test origin of the same program, whose counts are thrown away.
+# Nine kinds of load, SECONDS each, over loopback: usual requests, a route with rules, and each protocol once. The
+# backend is the test origin of the same program; its counts are discarded.
 set -euo pipefail
 
 program=$1 counts=$2 seconds=$3

@@ -335,7 +335,7 @@ impl Lane {
         Bulk(self.clone())
     }
 
-    /// Whether there are so many bulk transfers that they must take turns.
+    /// Whether the number of bulk transfers requires turns.
     pub fn is_crowded(&self) -> bool {
         let bulk = self.bulk.load(Ordering::Relaxed);
         bulk > FREE_PASSES || (bulk > FREE_PASSES_IN_ARRIVAL && self.lock().sees_arrival(Instant::now()))
@@ -424,7 +424,7 @@ impl Lane {
 pub struct Bulk(Arc<Lane>);
 
 impl Bulk {
-    /// Whether there are so many that they must take turns.
+    /// Whether the number of bulk transfers requires turns.
     pub fn is_crowded(&self) -> bool {
         self.0.is_crowded()
     }

@@ -585,7 +585,7 @@ impl BufferedSession {
     /// Takes the client's session. A placeholder replaces it until [`BufferedSession::stand_in`].
     pub fn take(session: &mut Box<ServerSession>, terms: Terms, now: Instant) -> (Arc<Link>, Self) {
         let Terms { patience, intake, holds_body, manner, who, control, bypass, custom, tap, depot, lanes } = terms;
-        let mut own = std::mem::replace(session, sessions::nobody());
+        let mut own = std::mem::replace(session, sessions::placeholder());
         // The intake enforces the deadline for the client's body, since Pingora has none on HTTP/2.
         own.set_read_timeout(None);
         let write_timeout = own.get_write_timeout();

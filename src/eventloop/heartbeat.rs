@@ -5,8 +5,8 @@
 //! no worker counts as stalled, but the delay of the next round is part of the lag of each. Tokio's timers are too
 //! coarse for this: they count whole milliseconds and are late by one or two.
 //!
-//! A worker is late because of its own work, or because it waits for a core. The CPU time that it used before the answer
-//! tells them apart ([`Busy`]).
+//! A worker is late because of its own work, or because it waits for a core. The CPU time that it used before the
+//! answer tells them apart ([`Busy`]).
 //!
 //! `client::lane` measures the rounds of the loop itself while it hands out turns: it needs each of them, many per
 //! millisecond, and a probe every ten is too slow for that.

@@ -161,8 +161,8 @@ impl Worker {
         self.lag.store(nanos(lag), Ordering::Relaxed);
     }
 
-    /// Sets when the next round of the heartbeat is due; `None`: there is none. Call it after [`Worker::set_lag`], which
-    /// counts the delay of this round.
+    /// Sets when the next round of the heartbeat is due; `None`: there is none. Call it after
+    /// [`Worker::set_lag`], which counts the delay of this round.
     pub(super) fn expect_round(&self, due: Option<Instant>) {
         let due = due.map_or(u64::MAX, |due| nanos(due.saturating_duration_since(self.epoch)));
         self.round.store(due, Ordering::Release);

@@ -1,6 +1,7 @@
 //! What expressions mean, what is said of wrong ones, and that none can do harm.
 
 mod interpreter;
+mod tokens;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -667,63 +668,10 @@ fn text_cannot_be_made_to_grow_without_end() {
 fn token() -> impl Strategy<Value = String> {
     let known: Vec<String> = VARIABLES.iter().map(|known| known.name.to_owned()).collect();
     let calls: Vec<String> = FUNCTIONS.iter().map(|known| format!(".{}(", known.name)).collect();
-    let signs = [
-        "(",
-        ")",
-        "[",
-        "]",
-        "{",
-        "}",
-        ".",
-        ",",
-        "?",
-        ":",
-        "!",
-        "-",
-        "+",
-        "*",
-        "/",
-        "%",
-        "==",
-        "!=",
-        "<",
-        ">=",
-        "&&",
-        "||",
-        " in ",
-        "\"",
-        "'",
-        "\\",
-        "\n",
-        "ä",
-        "\u{1F600}",
-        "\0",
-        "=",
-        "&",
-        "`",
-        "1",
-        "-1",
-        "1.5",
-        "0x1f",
-        "1u",
-        "null",
-        "true",
-        "\"a\"",
-        "'b'",
-        "r\"\\d\"",
-        "b\"x\"",
-        "\"\"\"x\"\"\"",
-        "x",
-        "if",
-        "request",
-        "[\"x-user\"]",
-        "[0]",
-        "//",
-    ];
     prop_oneof![
         3 => prop::sample::select(known),
         2 => prop::sample::select(calls),
-        5 => prop::sample::select(signs.to_vec()).prop_map(str::to_owned),
+        5 => prop::sample::select(tokens::SIGNS).prop_map(str::to_owned),
         1 => ".{0,3}",
     ]
 }

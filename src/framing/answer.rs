@@ -52,8 +52,8 @@ pub fn is_bodiless(head: bool, status: u16) -> bool {
     head || matches!(status, 100..=199 | 204 | 304)
 }
 
-/// Determines the framing of a response, from its length fields. `from`: the version of the received response; `to`: the
-/// client's version; `head`: the request method was HEAD.
+/// Determines the framing of a response, from its length fields. `from`: the version of the received response; `to`:
+/// the client's version; `head`: the request method was HEAD.
 ///
 /// # Errors
 ///

@@ -20,7 +20,7 @@ type Kept<S> = RefCell<Vec<Box<S>>>;
 
 thread_local! {
     static KEPT: Kept<Session> = const { RefCell::new(Vec::new()) };
-    static NOBODY: Kept<ServerSession> = const { RefCell::new(Vec::new()) };
+    static PLACEHOLDERS: Kept<ServerSession> = const { RefCell::new(Vec::new()) };
 }
 
 /// A session for hooks with this client. For Pingora's own sessions see [`of_pingora`].
@@ -60,14 +60,14 @@ pub fn put(place: &mut ServerSession, session: Box<dyn CustomSession>) {
 }
 
 /// A placeholder session without a client, used while the client's session is elsewhere.
-pub fn nobody() -> Box<ServerSession> {
-    NOBODY.with_borrow_mut(Vec::pop).unwrap_or_else(|| Box::new(ServerSession::new_custom(Box::new(()))))
+pub fn placeholder() -> Box<ServerSession> {
+    PLACEHOLDERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Box::new(ServerSession::new_custom(Box::new(()))))
 }
 
-/// Returns the box of a finished session to the pool of placeholders ([`nobody`]).
+/// Returns the box of a finished session to the pool of placeholders ([`placeholder`]).
 pub fn put_away(mut session: Box<ServerSession>) {
     put(&mut session, Box::new(()));
-    keep(&NOBODY, session);
+    keep(&PLACEHOLDERS, session);
 }
 
 fn keep<S>(kept: &'static LocalKey<Kept<S>>, session: Box<S>) {

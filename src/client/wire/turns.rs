@@ -27,7 +27,7 @@ impl Turns {
         (self.turn, self.bulk, self.admitted) = (None, None, false);
     }
 
-    /// Whether so many bulk transfers are active that they must take turns. This one counts from now on.
+    /// Whether the number of bulk transfers requires turns. This response counts as one from now on.
     pub(super) fn is_crowded(&mut self) -> bool {
         let Turns { bulk, lanes, .. } = self;
         bulk.get_or_insert_with(|| lanes.here().enter()).is_crowded()

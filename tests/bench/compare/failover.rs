@@ -1,7 +1,7 @@
 //! One of three endpoints fails while a client sends requests: it is killed and restarted, stops responding, becomes a
 //! hundred times slower, or responds with 500 to a fifth of its requests.
 //!
-//! The client sends at a fixed rate on so many connections that a waiting request delays no other. `several` has the
+//! The client sends at a fixed rate, on enough connections that a waiting request delays no other. `several` has the
 //! configurations of the proxies, and `moody` is the endpoint.
 
 use std::net::SocketAddr;
