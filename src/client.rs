@@ -55,9 +55,7 @@ macro_rules! no_connection {
 }
 
 pub mod acceptor;
-pub mod account;
 pub mod broken;
-pub mod budget;
 pub mod challenges;
 pub mod connection;
 pub mod cut;
@@ -75,19 +73,14 @@ pub mod intake;
 pub mod kept;
 pub mod lane;
 pub mod names;
-pub mod pace;
 pub mod proxy_protocol;
 pub mod rates;
 pub mod relay;
 pub mod remains;
 pub mod session;
-pub mod shares;
-pub mod slow;
-pub mod spool;
 pub mod stream;
 pub mod tls;
 pub mod trailers;
-pub mod waiting;
 pub mod wire;
 
 use std::future::Future;
@@ -112,6 +105,8 @@ use crate::party::What;
 use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
+use crate::slow_client::SlowClients;
+use crate::slow_client::waiting::Waiting;
 use connection::{Begin, Connection, Counted, Inflight, InflightGuard, Introduced, Listener, StateGauge};
 use cut::Cut;
 use driver::{Driven, Driver, sessions};
@@ -119,9 +114,7 @@ use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
 use remains::SettlesExchanges;
-use slow::SlowClients;
 use stream::{ClientStream, Opening};
-use waiting::Waiting;
 
 /// Maximum time to send a client the refusal that the connection limit is reached.
 const TURN_AWAY: Duration = Duration::from_millis(200);

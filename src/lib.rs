@@ -4,6 +4,7 @@
 //! client through the filters to an upstream, and finally the assembly of everything.
 
 pub mod access_log;
+pub mod account;
 pub mod acme;
 pub mod admin;
 pub mod cli;
@@ -26,6 +27,8 @@ pub mod phase;
 pub mod printable;
 pub mod proxy;
 pub mod recorder;
+pub mod slow_client;
 pub mod spans;
+pub mod spool;
 pub mod upkeep;
 pub mod upstream;

@@ -23,10 +23,10 @@ use super::table::Ask;
 use super::{Admin, Readiness, Ready};
 use crate::client::connection::Listener;
 use crate::client::lane::Class;
-use crate::client::slow::{SlowClient, SlowClients};
 use crate::eventloop::Loops;
 use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
 use crate::phase::Phase;
+use crate::slow_client::{SlowClient, SlowClients};
 use crate::upstream::breaker::State;
 use crate::upstream::{Endpoint, Upstream};
 

@@ -13,10 +13,6 @@ use pingora::Error;
 use pingora::http::RequestHeader;
 
 use super::lane::{Bulk, Class, Lanes, Turn};
-use super::pace::Pace;
-use super::slow::Entry;
-use super::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
-use super::waiting::{Waiting, Who};
 use super::wire::Wire;
 use crate::config;
 use crate::config::route::{BufferMode, OnDiskFull};
@@ -25,6 +21,10 @@ use crate::metrics::{Direction, RouteMetrics};
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::slow_client::Entry;
+use crate::slow_client::pace::Pace;
+use crate::slow_client::waiting::{Waiting, Who};
+use crate::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
 
 /// Bytes read without a pause before the next exchange has its turn.
 const TURN_BYTES: u64 = 256 << 10;

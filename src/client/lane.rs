@@ -45,9 +45,9 @@ use tokio::task::coop::{has_budget_remaining, poll_proceed};
 use super::broken::{Leaving, Look};
 use super::connection::Connection;
 use super::descriptors::Doorway;
-use super::spool::disk::Backlog;
 use crate::eventloop::worker;
 use crate::metrics::{LaneMetrics, Metrics};
+use crate::spool::disk::Backlog;
 
 /// Target for the length of a round of the event loop while the lane is in use.
 const LAG_AIM: Duration = Duration::from_millis(1);

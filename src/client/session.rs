@@ -38,9 +38,7 @@ use super::http2::Control;
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
 use super::remains;
-use super::spool::{Depot, Held};
 use super::stream::Bypass;
-use super::waiting::Who;
 use super::wire::{Manner, Past, Wire};
 use crate::eventloop::{Gate, LAST_WORDS, adopt, worker};
 use crate::party::limits::Seen;
@@ -48,6 +46,8 @@ use crate::party::wait::Timer;
 use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
 use crate::phase::journal::Passed;
+use crate::slow_client::waiting::Who;
+use crate::spool::{Depot, Held};
 use crate::upstream::transport::http2::StreamHandle;
 use crate::upstream::window::Window;
 

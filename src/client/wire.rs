@@ -28,14 +28,14 @@ use pingora::{Error, ErrorType, Result};
 use super::http1::{self, unread};
 use super::http2::Control;
 use super::lane::{Class, Lanes, ends_for_lack_of_budget};
-use super::slow::Entry;
-use super::spool::{Depot, Room, Spool, SpoolError};
-use super::waiting::{Waiting, Who};
 use crate::framing::{Body, LengthFields, answer};
 use crate::metrics::Direction;
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::slow_client::Entry;
+use crate::slow_client::waiting::{Waiting, Who};
+use crate::spool::{Depot, Room, Spool, SpoolError};
 use crate::upstream::window::Window;
 use client_side::{ClientSide, State};
 use endpoint_side::EndpointSide;
@@ -880,12 +880,12 @@ mod tests {
     use super::*;
     use crate::client::connection::tests::connection;
     use crate::client::http1;
-    use crate::client::pace::Pace;
-    use crate::client::spool::Limits;
-    use crate::client::spool::disk::Backlog;
-    use crate::client::spool::tests::depot;
     use crate::client::stream::{ClientStream, Opening};
     use crate::metrics::Metrics;
+    use crate::slow_client::pace::Pace;
+    use crate::spool::Limits;
+    use crate::spool::disk::Backlog;
+    use crate::spool::tests::depot;
 
     const LIMITS: Limits = Limits { memory: 1 << 20, disk: 1 << 20 };
 

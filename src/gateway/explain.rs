@@ -12,7 +12,7 @@ use pingora::http::RequestHeader;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::client::account::Accounts;
+use crate::account::Accounts;
 use crate::client::challenges::Challenges;
 use crate::client::connection::{Common, Connection, Counted, Listener};
 use crate::client::descriptors::Shares;

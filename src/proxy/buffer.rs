@@ -17,9 +17,7 @@ use super::receive::BodyFilters;
 use super::routes::Route;
 use crate::client::intake::{IntakeTerms, Unread};
 use crate::client::lane::Lanes;
-use crate::client::pace::Pace;
 use crate::client::session::{BufferedSession, Terms};
-use crate::client::spool::Depot;
 use crate::client::stream::Bypass;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
@@ -28,6 +26,8 @@ use crate::framing::{self, LengthFields};
 use crate::metrics::mirror::Fate;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::slow_client::pace::Pace;
+use crate::spool::Depot;
 use crate::upstream::Upstream;
 
 /// How a request body is handled.

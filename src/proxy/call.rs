@@ -21,7 +21,6 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use super::attempt::Attempt;
 use super::blame;
-use crate::client::spool::Held;
 use crate::error::{Refusal, refusal};
 use crate::filter::call::{Answered, Call, CallError, Callees, Caller, Calls};
 use crate::framing;
@@ -31,6 +30,7 @@ use crate::party::wait::{NoClient, within};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::phase::journal::steps;
+use crate::spool::Held;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::transport::{connector, final_status};
 use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};

@@ -18,10 +18,10 @@ use pingora::http::RequestHeader;
 use super::attempt::Attempt;
 use super::blame;
 use super::call::{self, Line, Load};
-use crate::client::spool::Held;
 use crate::config;
 use crate::metrics::Metrics;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
+use crate::spool::Held;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::{Choice, Outcome, Upstream};
 

@@ -11,8 +11,8 @@ use pingora::{Error, Result};
 
 use super::super::http1;
 use super::super::http2::Control;
-use super::super::waiting::Who;
 use super::past::Past;
+use crate::slow_client::waiting::Who;
 
 /// A write in progress. It owns the session.
 pub(super) type Write = Pin<Box<dyn Future<Output = (Box<ServerSession>, Result<bool>)> + Send>>;

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::pace::Pace;
-use super::super::spool::Limits;
 use super::PIECE_MOST;
 use crate::config;
 use crate::config::route::BufferMode;
 use crate::config::server::Resources;
 use crate::metrics::RouteMetrics;
+use crate::slow_client::pace::Pace;
+use crate::spool::Limits;
 
 /// When a response is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 
 use pingora::protocols::http::HttpTask;
 
-use super::super::spool::Spool;
 use crate::framing::Body;
 use crate::phase::Phase;
+use crate::spool::Spool;
 
 /// Size from which a response is bulk and takes turns with others, in bytes: of the announced length, or of the bytes
 /// received if none is announced.

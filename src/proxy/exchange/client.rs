@@ -8,11 +8,11 @@ use http::Uri;
 use crate::client::connection::{Begin, Connection, UnderWay};
 use crate::client::http2::Control;
 use crate::client::tls::handshake::Facts;
-use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
 use crate::error::Refusal;
 use crate::expression::{Identity, Prefix, Secured};
 use crate::party::Fault;
+use crate::slow_client::waiting::Who;
 use crate::upstream::transport::greeting::Parties;
 
 /// The client of an exchange.

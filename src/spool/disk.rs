@@ -22,8 +22,8 @@ use rustix::io::Errno;
 use rustix::process::setpriority_process;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use crate::client::budget::Share;
 use crate::metrics::{OperationMetrics, SpoolMetrics};
+use crate::spool::budget::Share;
 
 /// Maximum number of bytes per system call. Most kernels do not interrupt a call for a worker on the same CPU, and
 /// writing 256 KiB takes a millisecond on slow memory.
@@ -365,9 +365,9 @@ mod tests {
     use std::task::{Context, Waker};
 
     use super::*;
-    use crate::client::budget::{Budget, Resources};
-    use crate::client::spool::faults::{Faults, PATIENCE};
     use crate::metrics::{Direction, Metrics};
+    use crate::spool::budget::{Budget, Resources};
+    use crate::spool::faults::{Faults, PATIENCE};
 
     fn budget(metrics: &SpoolMetrics) -> Arc<Budget> {
         let resources = Resources {

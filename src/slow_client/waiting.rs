@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use pingora::http::RequestHeader;
 use prometheus::IntGauge;
 
-use super::account::{Account, Accounts};
-use super::slow::Entry;
+use super::Entry;
+use crate::account::{Account, Accounts};
 
 /// A wait for a client, counted until this is dropped.
 pub struct Waiting {

@@ -5,6 +5,7 @@
 //! write). No call blocks: the results of the disk threads ([`disk`]) are polled, and the [`Budget`] grants shared
 //! resources. A spool within its memory limit is a queue of pieces without copies.
 
+pub mod budget;
 pub mod disk;
 #[cfg(test)]
 mod faults;
@@ -20,13 +21,13 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::account::{Account, Accounts};
-use super::budget::{Budget, Share, Wait};
-use super::shares::Denial;
-use super::slow::SlowClients;
+use crate::account::shares::Denial;
+use crate::account::{Account, Accounts};
 use crate::config::server::Resources;
 use crate::config::units::Size;
 use crate::metrics::{Direction, RouteMetrics};
+use crate::slow_client::SlowClients;
+use budget::{Budget, Share, Wait};
 use disk::{Disk, Permit, Read, Unwritten, Written};
 use pieces::Pieces;
 
@@ -629,7 +630,7 @@ impl Turn {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Wake, Waker};
     use std::time::Duration;
@@ -637,10 +638,10 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::client::budget::Resources;
-    use crate::client::spool::faults::{Faults, PATIENCE};
     use crate::config::address::ClientPrefix;
     use crate::metrics::{Metrics, SpoolMetrics};
+    use crate::spool::budget::Resources;
+    use crate::spool::faults::{Faults, PATIENCE};
 
     const CHUNK: u64 = 1024;
     const LIMITS: Limits = Limits { memory: 1000, disk: 100_000 };

@@ -6,21 +6,21 @@
 //! limit, which first pieces can still reach: new exchanges are refused by the proxy.
 //!
 //! Responses may be limited to a part of all this, so that some is left for uploads, and each client to a part in each
-//! direction. The first two steps apply within these parts, too; [`shares`](super::shares) divides the disk.
+//! direction. The first two steps apply within these parts, too; [`shares`](crate::account::shares) divides the disk.
 //!
 //! Every piece in a spool passes here twice, so an update is a few atomic operations, without lock or clock. Only a
 //! pause takes a lock.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus::IntGauge;
-use tokio::sync::Notify;
 
-use super::account::Account;
-use super::shares::{Denial, InUse, Store};
+use crate::account::Account;
+use crate::account::pool::{Held, Pool, Steps};
+use crate::account::shares::{Denial, InUse, Store};
 use crate::metrics::{Direction, SpoolMetrics};
 
 /// A future for structures that must be `Sync` for Pingora.
@@ -47,86 +47,6 @@ pub struct Resources {
     pub shed: bool,
     /// Maximum time for which a spool waits for memory.
     pub pause_max: Duration,
-}
-
-/// Number of bytes from which the first two steps apply; unreachable if a step is not used.
-#[derive(Clone, Copy, Debug)]
-struct Steps {
-    spill_at: u64,
-    full_at: u64,
-}
-
-impl Steps {
-    /// The steps of a pool with this limit. No step applies to an empty pool, however small the limit.
-    fn of(limit: u64, resources: &Resources) -> Self {
-        let full_at = if resources.pause { limit - limit / 16 } else { limit };
-        let spill_at = if resources.spill { (limit - limit / 4).max(1) } else { u64::MAX };
-        Steps { spill_at, full_at: full_at.max(1) }
-    }
-}
-
-/// Bytes in memory, and the spools that wait for a release.
-#[derive(Default)]
-pub struct Pool {
-    used: AtomicU64,
-    /// Number of spools that wait for memory.
-    paused: AtomicUsize,
-    /// Wakes one waiter, which wakes the next.
-    turn: Notify,
-}
-
-impl Pool {
-    fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    /// As `used`, but sequentially consistent with those that release memory: either they see the waiter, or the waiter
-    /// sees the release.
-    fn is_full_for_certain(&self, steps: Steps) -> bool {
-        self.used.load(Ordering::SeqCst) >= steps.full_at
-    }
-
-    /// Wakes one waiter if there is room.
-    fn wake(&self, steps: Steps) {
-        if self.paused.load(Ordering::SeqCst) > 0 && self.used() < steps.full_at {
-            self.turn.notify_one();
-        }
-    }
-
-    /// Ends when there is room; then wakes the next waiter.
-    async fn room(&self, steps: Steps) {
-        let waiting = Waiting::enter(&self.paused);
-        while self.is_full_for_certain(steps) {
-            // If a woken future is dropped, its turn passes to the next.
-            self.turn.notified().await;
-        }
-        drop(waiting);
-        self.wake(steps);
-    }
-}
-
-/// Counts a waiter of a pool.
-struct Waiting<'p>(&'p AtomicUsize);
-
-impl<'p> Waiting<'p> {
-    fn enter(paused: &'p AtomicUsize) -> Self {
-        paused.fetch_add(1, Ordering::SeqCst);
-        Waiting(paused)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// The bytes that one client's spools hold in one direction.
-#[derive(Default)]
-pub struct Held {
-    memory: Pool,
-    disk: AtomicU64,
-    files: AtomicU64,
 }
 
 /// The limits and the sums of all spools.
@@ -156,10 +76,11 @@ impl Budget {
         metrics.disk_limit.set(signed(resources.disk));
         let part = |whole: u64, ratio: f64| if ratio < 1.0 { (whole as f64 * ratio) as u64 } else { whole };
         let answers = part(limit, resources.answers);
-        let client = [limit, answers].map(|whole| Steps::of(part(whole, resources.client), &resources));
+        let steps = |limit| Steps::of(limit, resources.spill, resources.pause);
+        let client = [limit, answers].map(|whole| steps(part(whole, resources.client)));
         Arc::new(Budget {
-            all: Steps::of(limit, &resources),
-            answers: Steps::of(answers, &resources),
+            all: steps(limit),
+            answers: steps(answers),
             client,
             // As for the other steps: an empty budget refuses no exchange.
             shed_at: if resources.shed { limit.max(1) } else { u64::MAX },
@@ -217,7 +138,7 @@ impl Budget {
     }
 
     fn grow_memory(&self, bytes: u64) {
-        let before = self.memory.used.fetch_add(bytes, Ordering::Relaxed);
+        let before = self.memory.take(bytes);
         let after = before + bytes;
         if before < self.all.spill_at && after >= self.all.spill_at {
             self.metrics.spill.now.inc();
@@ -228,7 +149,7 @@ impl Budget {
     }
 
     fn shrink_memory(&self, bytes: u64) {
-        let before = self.memory.used.fetch_sub(bytes, Ordering::SeqCst);
+        let before = self.memory.release(bytes);
         debug_assert!(before >= bytes, "a share released more than it had");
         let after = before.wrapping_sub(bytes);
         if before >= self.all.spill_at && after < self.all.spill_at {
@@ -292,7 +213,7 @@ impl Owner {
     fn shrink_memory(&self, bytes: u64) {
         self.budget.shrink_memory(bytes);
         for (pool, steps) in self.narrower() {
-            pool.used.fetch_sub(bytes, Ordering::SeqCst);
+            pool.release(bytes);
             pool.wake(steps);
         }
     }
@@ -431,7 +352,7 @@ impl Share {
         self.gauge(&budget.metrics.memory).add(signed(bytes));
         budget.grow_memory(bytes);
         for (pool, _) in self.owner.narrower() {
-            pool.used.fetch_add(bytes, Ordering::Relaxed);
+            pool.take(bytes);
         }
     }
 
@@ -508,7 +429,7 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     use super::*;
-    use crate::client::account::Accounts;
+    use crate::account::Accounts;
     use crate::config::address::ClientPrefix;
     use crate::metrics::Metrics;
 
@@ -682,7 +603,7 @@ mod tests {
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending), "at that of all");
         others.shrink_memory(1_500);
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Ready(()), Poll::Ready(())));
-        assert_eq!([&budget.memory, &budget.answers_memory].map(|pool| pool.paused.load(Ordering::Relaxed)), [0, 0]);
+        assert_eq!([&budget.memory, &budget.answers_memory].map(|pool| pool.paused()), [0, 0]);
     }
 
     #[test]
@@ -759,7 +680,7 @@ mod tests {
                 })
             })
             .collect();
-        while budget.memory.paused.load(Ordering::Relaxed) < waiters {
+        while budget.memory.paused() < waiters {
             tokio::task::yield_now().await;
         }
         drop(share);

@@ -4,6 +4,9 @@
 //! The start and the end of a wait are stores into its own entry. Each worker has its own list, whose lock only queries
 //! share. A query visits the lists one after the other and copies what it needs.
 
+pub mod pace;
+pub mod waiting;
+
 use std::cell::RefCell;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -231,7 +234,7 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::waiting::Waiting;
+    use crate::slow_client::waiting::Waiting;
 
     /// Rounded to milliseconds: entries count in microseconds.
     fn rounded(time: Duration) -> u128 {

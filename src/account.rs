@@ -5,6 +5,9 @@
 //! holder. Addresses that act for many clients have no account: trusted proxies, and Unix sockets, which have no
 //! address.
 
+pub mod pool;
+pub mod shares;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -15,9 +18,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
-use super::budget::Held;
 use crate::config::address::{ClientPrefix, Proxy};
 use crate::metrics::Direction;
+use pool::Held;
 
 /// Number of locks that share the accounts, so that workers rarely contend.
 const SHARDS: usize = 16;
@@ -145,7 +148,7 @@ impl Account {
     }
 
     /// Bytes of the client's bodies that spools hold.
-    pub(super) fn held(&self, direction: Direction) -> &Held {
+    pub fn held(&self, direction: Direction) -> &Held {
         &self.held[direction as usize]
     }
 
