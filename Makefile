@@ -78,7 +78,7 @@ bench: build ## compare with nginx and haproxy, one worker each; ARGS picks cell
 	@$(TOOLS) bench
 	$(CARGO) bench --locked --profile dev --bench compare -- $(ARGS)
 
-gate: build ## count the instructions of an exchange under callgrind; fails where there are more than allowed
+gate: quick ## count the instructions of an exchange under callgrind; fails where there are more than allowed
 	@$(TOOLS) gate
 	$(CARGO) bench --locked --profile dev --bench instructions -- $(ARGS)
 

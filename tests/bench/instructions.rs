@@ -1,7 +1,7 @@
 //! A performance gate that is insensitive to noise: the number of instructions that Forebay's worker needs per
 //! exchange.
 //!
-//! `cargo bench --profile dev --bench instructions` (`make gate`) starts `target/release/forebay` (or `FOREBAY_BIN`)
+//! `cargo bench --profile dev --bench instructions` (`make gate`) starts `target/fast/forebay` (or `FOREBAY_BIN`)
 //! under callgrind, twice for each cell, with fewer and with more requests. The difference of the counts, divided by
 //! the difference of the requests, excludes the cost of the start. The gate fails if a cell exceeds its bound. Only
 //! instructions in user mode count, so other load on the machine has no effect; system calls are not included.
@@ -155,7 +155,7 @@ routes:
     );
     fs::write(&file, config)?;
     let written = out.join(format!("{}.{count}.out", cell.name));
-    let binary = std::env::var("FOREBAY_BIN").unwrap_or_else(|_| "target/release/forebay".to_owned());
+    let binary = std::env::var("FOREBAY_BIN").unwrap_or_else(|_| "target/fast/forebay".to_owned());
     let mut command = Command::new("valgrind");
     command.args(["-q", "--tool=callgrind", "--separate-threads=yes"]);
     command.arg(format!("--callgrind-out-file={}", written.display())).arg(binary);
