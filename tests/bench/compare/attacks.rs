@@ -14,11 +14,11 @@ use clap::ValueEnum;
 use crate::counts::Counts;
 use crate::fast::{FastClient, Log, Pace};
 use crate::figures::{Column, Goal};
-use crate::hostile::Attackers;
+use crate::hostile::{Attackers, attacker, connect_from};
 use crate::latency::p99_ms;
 use crate::machine::Machine;
 use crate::measure::settled_bytes;
-use crate::process::open_and_get;
+use crate::process::get;
 use crate::proxies::Running;
 use crate::secure::Link;
 
@@ -192,12 +192,13 @@ impl Scene<'_> {
         ])
     }
 
-    /// Opens silent TLS connections as fast as the proxy accepts them, each after one request.
+    /// Opens silent TLS connections from four addresses as fast as the proxy accepts them, each after one request.
     fn silent(&self, address: SocketAddr) -> Result<Vec<Link>> {
         let (place, manner, idle) = (self.machine.slow_clients(), self.proxy.server.manner(), self.idle);
         let come = || -> Result<Vec<Link>> {
             place.take()?;
-            (0..idle).map(|_| open_and_get(&manner, address, "/small")).collect()
+            let open = |from| connect_from(attacker(from), address).and_then(|socket| manner.secure(socket));
+            (1..=4).cycle().take(idle).map(|from| get(open(from)?, address, "/small")).collect()
         };
         std::thread::scope(|scope| scope.spawn(come).join()).map_err(|_| anyhow::anyhow!("a client panicked"))?
     }

@@ -75,7 +75,7 @@ impl Attackers {
             let attacker = Attacker {
                 attack,
                 address,
-                from: Ipv4Addr::new(127, 66, 6, number),
+                from: attacker(number),
                 place: machine.slow_clients(),
                 over: attackers.over.clone(),
                 tally: attackers.tally.clone(),
@@ -127,6 +127,19 @@ struct Attacker {
     tally: Arc<Tally>,
 }
 
+/// The address of an attacker.
+pub fn attacker(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(127, 66, 6, number)
+}
+
+/// Connects from this address, so that limits per client apply to it and not to the fast client.
+pub fn connect_from(from: Ipv4Addr, to: SocketAddr) -> Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from((from, 0)).into())?;
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    Ok(socket.into())
+}
+
 impl Attacker {
     fn work(&self) -> Result<()> {
         self.place.take()?;
@@ -144,11 +157,9 @@ impl Attacker {
     }
 
     fn socket(&self) -> Result<TcpStream> {
-        let socket = Socket::new(Domain::for_address(self.address), Type::STREAM, None)?;
-        socket.bind(&SocketAddr::from((self.from, 0)).into())?;
-        socket.connect_timeout(&self.address.into(), PATIENCE)?;
+        let socket = connect_from(self.from, self.address)?;
         self.tally.connections.fetch_add(1, Ordering::Relaxed);
-        Ok(socket.into())
+        Ok(socket)
     }
 
     /// An HTTP/2 connection over TLS. `None`: the proxy does not accept one now.

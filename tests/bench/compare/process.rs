@@ -156,17 +156,22 @@ pub fn die_with_parent() -> io::Result<()> {
 /// Opens a connection, sends one GET, and reads the complete response, which must be a 200 with a `Content-Length`. The
 /// connection stays open.
 pub fn open_and_get(manner: &Manner, address: SocketAddr, path: &str) -> Result<Link> {
-    Ok(open_and_hear(manner, address, path)?.0)
+    get(manner.open(address)?, address, path)
+}
+
+/// Sends one GET on this connection, and reads the complete response, as [`open_and_get`] does.
+pub fn get(link: Link, address: SocketAddr, path: &str) -> Result<Link> {
+    Ok(ask_and_hear(link, address, path)?.0)
 }
 
 /// The response body of a GET on a new connection.
 pub fn body_of(address: SocketAddr, path: &str) -> Result<String> {
-    let answer = String::from_utf8(open_and_hear(&Manner::of(false), address, path)?.1)?;
+    let answer = String::from_utf8(ask_and_hear(Manner::of(false).open(address)?, address, path)?.1)?;
     Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
 }
 
-fn open_and_hear(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
-    let (mut stream, mut answer) = open_and_ask(manner, address, path)?;
+fn ask_and_hear(link: Link, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
+    let (mut stream, mut answer) = ask(link, address, path)?;
     let mut buffer = [0; 4096];
     while answer_is_short(&answer)? {
         let read = stream.read(&mut buffer)?;
@@ -180,7 +185,10 @@ fn open_and_hear(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Li
 
 /// Opens a connection, sends one GET, and reads only the first piece of the response.
 pub fn open_and_ask(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
-    let mut stream = manner.open(address)?;
+    ask(manner.open(address)?, address, path)
+}
+
+fn ask(mut stream: Link, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes())?;
     let mut first = vec![0; 4096];
     let read = stream.read(&mut first)?;
