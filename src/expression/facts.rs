@@ -98,6 +98,7 @@ impl<'a> Facts<'a> {
     }
 
     /// The input of expressions for this request.
+    #[inline]
     pub fn asked(self, request: &'a RequestHeader) -> Asked<'a> {
         Asked {
             facts: self,
@@ -246,6 +247,7 @@ impl Asked<'_> {
         bytes as f64 / self.phase_age().max(0.001)
     }
 
+    #[inline(never)]
     pub(super) fn is_slow(&self) -> bool {
         self.facts.pace.age >= SLOW_AGE && self.rate() < SLOW_RATE
     }

@@ -18,7 +18,7 @@ use memchr::memmem::{Finder, find};
 use regex::Regex;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::facts::Asked;
+use super::facts::{Asked, Response};
 use super::fields::{arguments, cookies, decoded};
 
 /// The limit on growth by `replace`: the result is truncated at this length, unless the input was longer. Otherwise
@@ -229,60 +229,170 @@ pub(super) enum Address {
     Parse(Text),
 }
 
+/// The effort of a condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Effort {
+    /// It reads what is at hand.
+    Read,
+    /// It looks up a name.
+    Look,
+    /// It computes, or matches a pattern.
+    Compute,
+}
+
 impl Condition {
+    /// Evaluates the condition.
+    ///
+    /// Each kind of node is a call in tail position. So this function needs no stack frame, and a node that reads a
+    /// word of the request takes few instructions.
     pub fn holds(&self, asked: &Asked<'_>) -> bool {
         match self {
             Condition::Literal(truth) => *truth,
-            Condition::Not(condition) => !condition.holds(asked),
-            Condition::All(all) => all.iter().all(|one| one.holds(asked)),
-            Condition::Any(any) => any.iter().any(|one| one.holds(asked)),
-            Condition::Choice(choice) => {
-                let (condition, yes, no) = &**choice;
-                if condition.holds(asked) { yes.holds(asked) } else { no.holds(asked) }
-            }
-            Condition::Same(both) => both[0].holds(asked) == both[1].holds(asked),
+            Condition::Not(condition) => fails(condition, asked),
+            Condition::All(all) => all_hold(all, asked),
+            Condition::Any(any) => any_holds(any, asked),
+            Condition::Choice(choice) => chosen(choice, asked),
+            Condition::Same(both) => same(both, asked),
             Condition::Has(field) => field.is_there(asked),
             Condition::IsSlow => asked.is_slow(),
             Condition::Equal(both) => compared(both, asked, |text, other| text == other),
-            Condition::Is(text, literal) => text.read(asked, |text| *text == **literal),
+            Condition::Is(text, literal) => read(text, asked, |text| *text == **literal),
             Condition::Compare(comparison, both) => {
                 compared(both, asked, |text, other| comparison.holds(Some(text.cmp(other))))
             }
             Condition::StartsWith(both) => compared(both, asked, |text, with| text.starts_with(with)),
             Condition::EndsWith(both) => compared(both, asked, |text, with| text.ends_with(with)),
             Condition::Contains(both) => compared(both, asked, |text, part| find(text, part).is_some()),
-            Condition::ContainsLiteral(text, finder) => text.read(asked, |text| finder.find(text).is_some()),
-            Condition::Matches(text, pattern) => text.read(asked, |text| matches(text, pattern)),
-            Condition::OneOf(text, all) => {
-                text.read(asked, |text| all.iter().any(|one| one.read(asked, |one| one == text)))
-            }
-            Condition::Listed(text, split) => {
-                let text = text.of(asked);
-                let (of, by) = (split.of.of(asked), split.by.of(asked));
-                pieces(&of, &by).any(|piece| *piece == *text)
-            }
-            Condition::Among(text, field) => {
-                let text = text.of(asked);
-                field.any(asked, |value| value == text)
-            }
-            Condition::Number(comparison, both) => comparison.holds(both[0].compare(&both[1], asked)),
-            Condition::NumberOneOf(number, all) => {
-                all.iter().any(|one| number.compare(one, asked) == Some(Ordering::Equal))
-            }
-            Condition::SameAddress(both) => both[0].of(asked) == both[1].of(asked),
-            Condition::AddressOneOf(address, all) => {
-                let address = address.of(asked);
-                all.iter().any(|one| one.of(asked) == address)
-            }
-            Condition::Within(network, address) => address.of(asked).is_some_and(|address| network.contains(address)),
-            Condition::IsAddress(text) => parsed_address(&text.of(asked)).is_some(),
+            Condition::ContainsLiteral(text, finder) => read(text, asked, |text| finder.find(text).is_some()),
+            Condition::Matches(text, pattern) => read(text, asked, |text| matches(text, pattern)),
+            Condition::OneOf(text, all) => one_of(text, all, asked),
+            Condition::Listed(text, split) => listed_in(text, split, asked),
+            Condition::Among(text, field) => among(text, field, asked),
+            Condition::Number(comparison, both) => numbers(*comparison, both, asked),
+            Condition::NumberOneOf(number, all) => number_one_of(number, all, asked),
+            Condition::SameAddress(both) => same_address(both, asked),
+            Condition::AddressOneOf(address, all) => address_one_of(address, all, asked),
+            Condition::Within(network, address) => within(network, address, asked),
+            Condition::IsAddress(text) => read(text, asked, |text| parsed_address(text).is_some()),
+        }
+    }
+
+    /// The operands of `&&` or `||` in the order of evaluation: those with the least effort first. The order does not
+    /// change the result, since a condition changes nothing and cannot fail.
+    pub fn in_order(mut operands: Vec<Condition>) -> Box<[Condition]> {
+        operands.sort_by_key(Condition::effort);
+        operands.into()
+    }
+
+    fn effort(&self) -> Effort {
+        let most = |all: &[Condition]| all.iter().map(Condition::effort).max().unwrap_or(Effort::Read);
+        match self {
+            Condition::Literal(_) | Condition::IsSlow => Effort::Read,
+            Condition::Not(condition) => condition.effort(),
+            Condition::All(all) | Condition::Any(all) => most(all),
+            Condition::Same(both) => most(&**both),
+            Condition::Has(_) => Effort::Look,
+            Condition::Equal(both)
+            | Condition::Compare(_, both)
+            | Condition::StartsWith(both)
+            | Condition::EndsWith(both) => both[0].effort().max(both[1].effort()),
+            Condition::Is(text, _) => text.effort(),
+            Condition::OneOf(text, all) => all.iter().map(Text::effort).fold(text.effort(), Effort::max),
+            Condition::Within(_, Address::Client | Address::Literal(_)) => Effort::Read,
+            _ => Effort::Compute,
         }
     }
 }
 
+#[inline(never)]
+fn fails(condition: &Condition, asked: &Asked<'_>) -> bool {
+    !condition.holds(asked)
+}
+
+#[inline(never)]
+fn all_hold(all: &[Condition], asked: &Asked<'_>) -> bool {
+    all.iter().all(|one| one.holds(asked))
+}
+
+#[inline(never)]
+fn any_holds(any: &[Condition], asked: &Asked<'_>) -> bool {
+    any.iter().any(|one| one.holds(asked))
+}
+
+#[inline(never)]
+fn chosen((condition, yes, no): &(Condition, Condition, Condition), asked: &Asked<'_>) -> bool {
+    if condition.holds(asked) { yes.holds(asked) } else { no.holds(asked) }
+}
+
+#[inline(never)]
+fn same(both: &[Condition; 2], asked: &Asked<'_>) -> bool {
+    both[0].holds(asked) == both[1].holds(asked)
+}
+
+/// The result for a text.
+#[inline(never)]
+fn read(text: &Text, asked: &Asked<'_>, holds: impl FnOnce(&[u8]) -> bool) -> bool {
+    match text.plain(asked) {
+        Some(text) => holds(text),
+        None => holds(&text.made(asked)),
+    }
+}
+
 /// The result for two texts.
-fn compared(both: &[Text; 2], asked: &Asked<'_>, holds: impl FnOnce(&[u8], &[u8]) -> bool) -> bool {
-    both[0].read(asked, |text| both[1].read(asked, |other| holds(text, other)))
+#[inline(never)]
+fn compared(both: &[Text; 2], asked: &Asked<'_>, holds: impl Fn(&[u8], &[u8]) -> bool) -> bool {
+    match (both[0].plain(asked), both[1].plain(asked)) {
+        (Some(text), Some(other)) => holds(text, other),
+        _ => holds(&both[0].of(asked), &both[1].of(asked)),
+    }
+}
+
+#[inline(never)]
+fn one_of(text: &Text, all: &[Text], asked: &Asked<'_>) -> bool {
+    let text = text.of(asked);
+    all.iter().any(|one| match one.plain(asked) {
+        Some(one) => *text == *one,
+        None => text == one.made(asked),
+    })
+}
+
+#[inline(never)]
+fn listed_in(text: &Text, split: &Split, asked: &Asked<'_>) -> bool {
+    let text = text.of(asked);
+    let (of, by) = (split.of.of(asked), split.by.of(asked));
+    pieces(&of, &by).any(|piece| *piece == *text)
+}
+
+#[inline(never)]
+fn among(text: &Text, field: &Field, asked: &Asked<'_>) -> bool {
+    let text = text.of(asked);
+    field.any(asked, |value| value == text)
+}
+
+#[inline(never)]
+fn numbers(comparison: Comparison, both: &[Number; 2], asked: &Asked<'_>) -> bool {
+    comparison.holds(both[0].compare(&both[1], asked))
+}
+
+#[inline(never)]
+fn number_one_of(number: &Number, all: &[Number], asked: &Asked<'_>) -> bool {
+    all.iter().any(|one| number.compare(one, asked) == Some(Ordering::Equal))
+}
+
+#[inline(never)]
+fn same_address(both: &[Address; 2], asked: &Asked<'_>) -> bool {
+    both[0].of(asked) == both[1].of(asked)
+}
+
+#[inline(never)]
+fn address_one_of(address: &Address, all: &[Address], asked: &Asked<'_>) -> bool {
+    let address = address.of(asked);
+    all.iter().any(|one| one.of(asked) == address)
+}
+
+#[inline(never)]
+fn within(network: &Network, address: &Address, asked: &Asked<'_>) -> bool {
+    address.of(asked).is_some_and(|address| network.contains(address))
 }
 
 fn matches(text: &[u8], pattern: &Regex) -> bool {
@@ -295,21 +405,14 @@ fn matches(text: &[u8], pattern: &Regex) -> bool {
 impl Field {
     /// All values of the name, if they can be borrowed from the request.
     fn plain<'a>(&self, asked: &Asked<'a>) -> Option<&'a [u8]> {
-        let one = |headers: &'a HeaderMap, name: &HeaderName| {
-            let mut values = headers.get_all(name).iter();
-            match (values.next(), values.next()) {
-                (None, _) => Some([].as_slice()),
-                (Some(value), None) => Some(value.as_bytes()),
-                (Some(_), Some(_)) => None,
-            }
-        };
         match self {
-            Field::Header(name) => one(asked.headers, name),
-            Field::ResponseHeader(name) => {
-                asked.response.and_then(|response| response.headers).map_or(Some(&[]), |headers| one(headers, name))
-            }
-            Field::Cookie(_) => (!asked.headers.contains_key(header::COOKIE)).then_some(&[]),
-            Field::Argument(_) => asked.target.query().is_none_or(str::is_empty).then_some(&[]),
+            Field::Header(name) => single(asked.headers, name),
+            Field::ResponseHeader(name) => match asked.response {
+                Some(Response { headers: Some(headers), .. }) => single(headers, name),
+                _ => Some(&[]),
+            },
+            Field::Cookie(_) => without_cookies(asked),
+            Field::Argument(_) => without_query(asked),
             Field::PeerNames | Field::Claim(_) => None,
         }
     }
@@ -331,6 +434,7 @@ impl Field {
         if is_there { found } else { EMPTY }
     }
 
+    #[inline(never)]
     fn is_there(&self, asked: &Asked<'_>) -> bool {
         match self {
             Field::Header(name) => asked.headers.contains_key(name),
@@ -380,6 +484,27 @@ impl Field {
 
 const EMPTY: Bytes<'static> = Cow::Borrowed(&[]);
 
+/// The value of a header: empty if it is missing, and `None` if there are several.
+#[inline(never)]
+fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a [u8]> {
+    let Some(first) = headers.get(name) else { return Some(&[]) };
+    // With as many names as values, each name has one.
+    let several = headers.len() > headers.keys_len() && headers.get_all(name).iter().nth(1).is_some();
+    if several { None } else { Some(first.as_bytes()) }
+}
+
+/// Empty if the request has no cookies; else `None`.
+#[inline(never)]
+fn without_cookies<'a>(asked: &Asked<'a>) -> Option<&'a [u8]> {
+    if asked.headers.contains_key(&header::COOKIE) { None } else { Some(&[]) }
+}
+
+/// Empty if the target has no query; else `None`.
+#[inline(never)]
+fn without_query<'a>(asked: &Asked<'a>) -> Option<&'a [u8]> {
+    if asked.target.query().is_none_or(str::is_empty) { Some(&[]) } else { None }
+}
+
 /// The values of a claim; empty if no filter has accepted a token with it.
 fn claim<'a>(asked: &Asked<'a>, name: &[u8]) -> &'a [Box<str>] {
     asked.facts.identity.map_or(&[], |identity| identity.claim(name))
@@ -424,29 +549,44 @@ impl Text {
         self.plain(asked).map_or_else(|| self.made(asked), Cow::Borrowed)
     }
 
-    /// Evaluates to text and reads it. Most texts are borrowed from the request at almost no cost.
-    #[inline]
-    fn read<R>(&self, asked: &Asked<'_>, read: impl FnOnce(&[u8]) -> R) -> R {
-        match self.plain(asked) {
-            Some(text) => read(text),
-            None => read(&self.made(asked)),
+    /// The text, if it can be borrowed from the request or the expression, which costs almost nothing. The calls are in
+    /// tail position, as in [`Condition::holds`].
+    #[inline(never)]
+    fn plain<'a>(&'a self, asked: &Asked<'a>) -> Option<&'a [u8]> {
+        match self {
+            Text::Literal(text) => Some(text),
+            Text::Method => Some(asked.method.as_str().as_bytes()),
+            Text::Path => Some(asked.facts.path.as_bytes()),
+            Text::Query => query(asked),
+            Text::Host => plain_host(asked),
+            Text::Scheme => Some(asked.facts.scheme.as_bytes()),
+            Text::Route => Some(asked.facts.route.as_bytes()),
+            Text::Listener => Some(asked.facts.listener.as_bytes()),
+            Text::Field(field) => field.plain(asked),
+            Text::OrValue(both) => plain_or_value(both, asked),
+            _ => None,
         }
     }
 
-    /// The text, if it can be borrowed from the request or the expression.
-    #[inline]
-    fn plain<'a>(&'a self, asked: &Asked<'a>) -> Option<&'a [u8]> {
-        Some(match self {
-            Text::Literal(text) => text,
-            Text::Method => asked.method.as_str().as_bytes(),
-            Text::Path => asked.facts.path.as_bytes(),
-            Text::Query => asked.target.query().unwrap_or_default().as_bytes(),
-            Text::Scheme => asked.facts.scheme.as_bytes(),
-            Text::Route => asked.facts.route.as_bytes(),
-            Text::Listener => asked.facts.listener.as_bytes(),
-            Text::Field(field) => return field.plain(asked),
-            _ => return None,
-        })
+    fn effort(&self) -> Effort {
+        match self {
+            Text::Literal(_)
+            | Text::Method
+            | Text::Path
+            | Text::Target
+            | Text::Query
+            | Text::Scheme
+            | Text::Version
+            | Text::Route
+            | Text::TlsVersion
+            | Text::Listener
+            | Text::Sni
+            | Text::PeerSubject
+            | Text::PeerFingerprint => Effort::Read,
+            Text::Host | Text::Id | Text::Field(_) => Effort::Look,
+            Text::OrValue(both) => both[0].effort().max(both[1].effort()),
+            _ => Effort::Compute,
+        }
     }
 
     #[inline(never)]
@@ -464,7 +604,7 @@ impl Text {
                 let target = asked.target.path_and_query().map_or(asked.target.path(), |target| target.as_str());
                 Cow::Borrowed(target.as_bytes())
             }
-            Text::Host => host(asked.headers.get(header::HOST).map_or(&[], |host| host.as_bytes())),
+            Text::Host => cased(Cow::Borrowed(host(asked)), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase),
             Text::Version => Cow::Borrowed(version(asked.version).as_bytes()),
             Text::Id => header_of(asked.headers, &REQUEST_ID),
             Text::TlsVersion => Cow::Borrowed(asked.facts.secured.version.as_bytes()),
@@ -549,12 +689,35 @@ fn version(version: Version) -> &'static str {
     }
 }
 
-/// The host as in route matching: without its port, in lower case, without a final dot.
-fn host(written: &[u8]) -> Bytes<'_> {
+#[inline(never)]
+fn query<'a>(asked: &Asked<'a>) -> Option<&'a [u8]> {
+    Some(asked.target.query().unwrap_or_default().as_bytes())
+}
+
+/// The host as in route matching: without its port and a final dot, but in the case in which it was written.
+fn host<'a>(asked: &Asked<'a>) -> &'a [u8] {
+    let written = asked.headers.get(&header::HOST).map_or(&[][..], |host| host.as_bytes());
     let port = written.iter().rposition(|&byte| byte == b':').filter(|_| !written.ends_with(b"]"));
     let name = &written[..port.unwrap_or(written.len())];
-    let name = name.strip_suffix(b".").unwrap_or(name);
-    cased(Cow::Borrowed(name), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase)
+    name.strip_suffix(b".").unwrap_or(name)
+}
+
+/// The host, if it was written in lower case.
+#[inline(never)]
+fn plain_host<'a>(asked: &Asked<'a>) -> Option<&'a [u8]> {
+    let host = host(asked);
+    if host.iter().any(u8::is_ascii_uppercase) { None } else { Some(host) }
+}
+
+/// The first of two texts that is not empty, if both can be borrowed. Those in a row are made: trying each of them
+/// first would take quadratic time.
+#[inline(never)]
+fn plain_or_value<'a>(both: &'a [Text; 2], asked: &Asked<'a>) -> Option<&'a [u8]> {
+    if both.iter().any(|text| matches!(text, Text::OrValue(_))) {
+        return None;
+    }
+    let text = both[0].plain(asked)?;
+    if text.is_empty() { both[1].plain(asked) } else { Some(text) }
 }
 
 /// Changes the case of a text, if it has letters of the other case.

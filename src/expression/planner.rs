@@ -328,8 +328,8 @@ impl<'t> Planner<'t> {
 
     fn call(&mut self, at: &IdedExpr, call: &CallExpr) -> Planned {
         match (call.func_name.as_str(), &call.target, call.args.as_slice()) {
-            ("_&&_", None, _) => Ok(Plan::Condition(Condition::All(self.row(at, "_&&_")?.into()))),
-            ("_||_", None, _) => Ok(Plan::Condition(Condition::Any(self.row(at, "_||_")?.into()))),
+            ("_&&_", None, _) => Ok(Plan::Condition(Condition::All(Condition::in_order(self.row(at, "_&&_")?)))),
+            ("_||_", None, _) => Ok(Plan::Condition(Condition::Any(Condition::in_order(self.row(at, "_||_")?)))),
             ("!_", None, [of]) => Ok(Plan::Condition(Condition::Not(Box::new(self.condition(of)?)))),
             ("-_", None, [of]) => self.negate(of),
             ("_?_:_", None, [condition, yes, no]) => self.choice(at, condition, yes, no),

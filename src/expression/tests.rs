@@ -327,6 +327,30 @@ fn a_header_is_compared_and_copied_where_it_lies() {
         let value = Value::build(written, Moment::Request).unwrap();
         assert!(matches!(value.of(&story.asked()), Cow::Borrowed(_)), "{written}");
     }
+    // Here no name is repeated.
+    let fields = [("host", "shop.example.com.:80"), ("x-user", "joe")];
+    let plain = Story { headers: map(&fields), target: Uri::from_static("/"), ..Story::default() };
+    for (written, text) in [
+        ("request.host", "shop.example.com"),
+        (r#"request.headers["x-user"]"#, "joe"),
+        (r#"request.headers["x-many"].orValue(request.headers["x-user"])"#, "joe"),
+        (r#"request.headers["x-user"].orValue(request.method)"#, "joe"),
+        (r#"request.cookies.sid.orValue(request.args.n).orValue("none")"#, "none"),
+    ] {
+        let value = Value::build(written, Moment::Request).unwrap();
+        assert!(matches!(value.of(&plain.asked()), Cow::Borrowed(found) if found == text.as_bytes()), "{written}");
+    }
+    hold(&[r#"request.headers["x-many"].orValue("none") == "a, b" && request.host.orValue("none").endsWith("e.com")"#]);
+}
+
+#[test]
+fn operands_are_evaluated_in_the_order_of_their_effort_and_else_as_written() {
+    let plan = |written| format!("{:?}", Condition::build(written, Moment::Match).unwrap().0.plan);
+    let written = r#"request.path.matches("p") && "n" in request.args && (request.host == "h" || request.method == "M")
+        && request.headers["f"].startsWith("x") && request.scheme == "s""#;
+    let plan = plan(written);
+    let places = ["Scheme", "Has", "Method", "Host", "StartsWith", "Matches"].map(|node| plan.find(node).unwrap());
+    assert!(places.is_sorted(), "{places:?} in {plan}");
 }
 
 #[test]
