@@ -1,11 +1,13 @@
 //! The filters of one route, in order. The filters of each stage are determined when the chain is built.
 //!
 //! `proxy` calls chains, never filters; [`Catalog`](super::Catalog) builds chains. During an exchange a chain looks
-//! nothing up by name, and allocates only one list of states and the futures of the filters that run.
+//! nothing up by name. It allocates one list of states once a filter runs, and the futures of the filters that run. An
+//! exchange in which no condition holds allocates nothing.
+
+mod set;
 
 use std::any::Any;
 use std::borrow::Cow;
-use std::cell::OnceCell;
 use std::future::Future;
 use std::slice;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use http::{HeaderMap, HeaderName};
 use pingora::http::{RequestHeader, ResponseHeader};
 use prometheus::IntCounter;
 
+use self::set::Set;
 use super::{Answer, Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
 use crate::eventloop::Watched;
@@ -33,10 +36,13 @@ pub struct Chain {
     patience: Option<Duration>,
     /// The stages of all links together.
     stages: Stages,
-    /// Indices into `links`, in the order of the calls at each stage.
-    request: Vec<usize>,
+    /// The counters of exchanges in which filters were skipped; set once there are metrics.
+    skips: Vec<Skips>,
+    /// In the order of the calls, as all following lists.
+    request: Vec<Turn>,
+    response: Vec<Turn>,
+    /// Indices into `links`.
     request_body: Vec<usize>,
-    response: Vec<usize>,
     response_body: Vec<usize>,
     request_trailers: Vec<usize>,
     response_trailers: Vec<usize>,
@@ -61,12 +67,37 @@ struct When {
     skipped: Option<IntCounter>,
 }
 
+/// The counter of exchanges in which filters of one name were skipped. They are counted together, since an increment
+/// of a shared counter costs more than a condition.
+struct Skips {
+    counter: IntCounter,
+    of: Set,
+}
+
+/// A filter at the request or response header: all that an exchange reads of a filter that it skips.
+struct Turn {
+    index: usize,
+    /// The condition that is evaluated at this stage, unless an earlier stage has evaluated it.
+    when: Option<Condition>,
+    /// Whether the filter is called at this stage if it acts.
+    called: bool,
+    /// Whether the filter is called even if it does not act, since it has prepared for a response.
+    prepared: bool,
+}
+
 type State = Option<Box<dyn Any + Send + Sync>>;
 
-/// The states of the filters of a chain for one exchange: one slot per filter. The default fits every chain.
+/// The states of the filters of a chain for one exchange. The default fits every chain.
 #[derive(Default)]
 pub struct States {
+    /// The filters whose conditions were evaluated.
+    asked: Set,
+    /// Those of them whose conditions did not hold.
+    skipped: Set,
+    /// One slot per filter; empty until a filter runs.
     slots: Vec<Slot>,
+    /// The number of filters in the chain.
+    filters: usize,
     /// The identity of the client, determined by a filter.
     identity: Option<Arc<Identity>>,
     /// The index of the filter whose answer replaces that of the endpoint.
@@ -78,8 +109,6 @@ pub struct States {
 #[derive(Default)]
 struct Slot {
     state: State,
-    /// Whether the filter acts; set once its condition was evaluated.
-    acts: Option<bool>,
     /// The filter does not process the request body.
     leaves_request_body: bool,
     /// The filter does not process the response body.
@@ -101,13 +130,17 @@ impl Chain {
     pub(super) fn new(links: Vec<Link>) -> Chain {
         let inwards =
             |stage| -> Vec<usize> { (0..links.len()).filter(|&index| links[index].stages().contains(stage)).collect() };
-        let outwards = |stage| inwards(stage).into_iter().rev().collect();
+        let outwards = |stage| -> Vec<usize> { inwards(stage).into_iter().rev().collect() };
+        let turns = |order: Vec<usize>, stage| {
+            order.into_iter().map(|index| links[index].turn(index, stage)).collect::<Vec<Turn>>()
+        };
         Chain {
             patience: None,
             stages: links.iter().fold(Stages::NONE, |all, link| all | link.stages()),
-            request: inwards(Stages::REQUEST),
+            skips: Vec::new(),
+            request: turns(inwards(Stages::REQUEST), Stages::REQUEST),
+            response: turns(outwards(Stages::RESPONSE), Stages::RESPONSE),
             request_body: inwards(Stages::REQUEST_BODY),
-            response: outwards(Stages::RESPONSE),
             response_body: outwards(Stages::RESPONSE_BODY),
             request_trailers: inwards(Stages::REQUEST_TRAILERS),
             response_trailers: outwards(Stages::RESPONSE_TRAILERS),
@@ -119,13 +152,19 @@ impl Chain {
     /// Measures the polls of its filters, and counts the exchanges of this route in which their conditions do not
     /// hold.
     pub fn timed(mut self, route: &str, metrics: &Metrics) -> Chain {
-        for link in &mut self.links {
+        let mut skips: Vec<(&str, Skips)> = Vec::new();
+        for (index, link) in self.links.iter_mut().enumerate() {
             let label = link.label();
             link.watched.time(metrics.filter_polls(label));
-            if let Some(when) = &mut link.when {
-                when.skipped = Some(metrics.filter_skipped(route, label));
+            let Some(when) = &mut link.when else { continue };
+            let counter = metrics.filter_skipped(route, label);
+            when.skipped = Some(counter.clone());
+            match skips.iter_mut().find(|(known, _)| *known == label) {
+                Some((_, skips)) => skips.of.insert(index),
+                None => skips.push((label, Skips { counter, of: Set::of(index) })),
             }
         }
+        self.skips = skips.into_iter().map(|(_, skips)| skips).collect();
         self
     }
 
@@ -148,40 +187,97 @@ impl Chain {
         })
     }
 
-    /// New states for one exchange. An empty chain allocates nothing.
+    /// New states for one exchange. Allocates nothing.
     pub fn states(&self) -> States {
-        States { slots: self.links.iter().map(|_| Slot::default()).collect(), ..States::default() }
+        States { filters: self.links.len(), ..States::default() }
     }
 
-    /// The next of these filters that acts at this stage. The conditions of the filters before it are evaluated on
-    /// the same facts, since nothing changes until a filter runs.
+    /// The next of these filters that is called at this stage. The conditions of the filters before it are evaluated
+    /// on the same facts, since nothing changes until a filter runs.
     fn next<'a>(
         &self,
-        order: &mut slice::Iter<'_, usize>,
-        stage: Stages,
+        order: &mut slice::Iter<'_, Turn>,
         states: &mut States,
         asked: impl Fn() -> Asked<'a>,
     ) -> Option<(usize, &Link)> {
-        let once = OnceCell::new();
-        order.find_map(|&index| {
-            let link = &self.links[index];
-            let acts = stage == Stages::REQUEST && link.decides_later()
-                || states.acts(index, link, |when| when.holds(once.get_or_init(&asked)));
-            // The filter has prepared for a response, and does not act on it.
-            let hears = acts || stage == Stages::RESPONSE && link.decides_later() && link.filter.prepares();
-            (hears && link.wants.contains(stage)).then_some((index, link))
-        })
+        // Facts are not needed up to the first filter whose condition is open.
+        while let Some(turn) = order.as_slice().first()
+            && turn.open(states).is_none()
+        {
+            order.next();
+            if turn.hears(states.may_act(turn.index)) {
+                return Some((turn.index, &self.links[turn.index]));
+            }
+        }
+        if order.as_slice().is_empty() {
+            return None;
+        }
+        let (turns, asked) = (order.as_slice(), asked());
+        let (mut skipped, mut found) = (Set::default(), None);
+        for turn in order {
+            let acts = match turn.open(states) {
+                None => states.may_act(turn.index),
+                Some(when) => {
+                    states.asked.insert(turn.index);
+                    let acts = when.holds(&asked);
+                    if !acts {
+                        skipped.insert(turn.index);
+                    }
+                    acts
+                }
+            };
+            if turn.hears(acts) {
+                found = Some((turn.index, &self.links[turn.index]));
+                break;
+            }
+        }
+        if !skipped.is_empty() {
+            self.skip(turns, skipped, states);
+        }
+        found
+    }
+
+    /// Records and counts filters of these turns whose conditions did not hold.
+    fn skip(&self, turns: &[Turn], skipped: Set, states: &mut States) {
+        if let Some(notebook) = &states.notebook {
+            let turns = turns.iter().filter(|turn| skipped.contains(turn.index));
+            turns.for_each(|turn| notebook.skipped(self.links[turn.index].label()));
+        }
+        for skips in &self.skips {
+            let times = skips.of.shared(&skipped);
+            if times > 0 {
+                skips.counter.inc_by(times as u64);
+            }
+        }
+        states.skipped.add(skipped);
+    }
+
+    /// Whether this filter acts. Its condition is evaluated once, since filters may change what it reads.
+    fn acts<'a>(&self, index: usize, states: &mut States, asked: impl FnOnce() -> Asked<'a>) -> bool {
+        let link = &self.links[index];
+        let Some(when) = &link.when else { return true };
+        if let Some(acts) = states.decided(index) {
+            return acts;
+        }
+        let acts = when.condition.holds(&asked());
+        states.asked.insert(index);
+        if !acts {
+            states.skipped.insert(index);
+            states.notebook.iter().for_each(|notebook| notebook.skipped(link.label()));
+            when.skipped.iter().for_each(|counter| counter.inc());
+        }
+        acts
     }
 
     /// Evaluates the conditions up to the first filter that acts on the request, and returns whether there is one. If
     /// not, [`Chain::request`] need not be called.
     pub fn acts_on_request<'a>(&self, states: &mut States, asked: impl Fn() -> Asked<'a>) -> bool {
-        self.next(&mut self.request.iter(), Stages::REQUEST, states, asked).is_some()
+        self.next(&mut self.request.iter(), states, asked).is_some()
     }
 
     /// Whether another filter may act, now that the conditions on the request were evaluated.
     pub fn may_act(&self, states: &States) -> bool {
-        (0..self.links.len()).any(|index| states.may_act(index))
+        states.skipped.len() < self.links.len()
     }
 
     /// Runs [`Filter::request`].
@@ -191,7 +287,7 @@ impl Chain {
             let identity = states.identity.clone();
             let facts = view.facts.of_whom(identity.as_deref());
             let asked = || facts.asked(view.request);
-            let Some((index, link)) = self.next(&mut order, Stages::REQUEST, states, asked) else {
+            let Some((index, link)) = self.next(&mut order, states, asked) else {
                 return Verdict::Continue;
             };
             let notebook = states.notebook.clone();
@@ -212,9 +308,7 @@ impl Chain {
         let facts = view.facts;
         for &index in &self.request_body {
             let link = &self.links[index];
-            if states.slot(index).leaves_request_body
-                || !states.acts(index, link, |when| when.holds(&facts.asked(view.request)))
-            {
+            if states.leaves_request_body(index) || !self.acts(index, states, || facts.asked(view.request)) {
                 continue;
             }
             let notebook = states.notebook.clone();
@@ -230,7 +324,7 @@ impl Chain {
     /// If not, [`Chain::response`] need not be called.
     pub fn acts_on_response<'a>(&self, states: &mut States, asked: impl Fn() -> Asked<'a>) -> bool {
         states.begin_response();
-        self.next(&mut self.response.iter(), Stages::RESPONSE, states, asked).is_some()
+        self.next(&mut self.response.iter(), states, asked).is_some()
     }
 
     /// Runs [`Filter::response`], the last filter first. The answer of a filter replaces the response: the filters
@@ -243,7 +337,7 @@ impl Chain {
             let author = if states.answered.is_some() { Some(Author::Filter) } else { view.facts.author };
             let facts = Facts { status: response.status.as_u16(), author, ..view.facts };
             let asked = || facts.asked(view.request).answered(response);
-            let Some((index, link)) = self.next(&mut order, Stages::RESPONSE, states, asked) else { break };
+            let Some((index, link)) = self.next(&mut order, states, asked) else { break };
             if !states.may_act(index) {
                 link.filter.stand_down(&mut view.scope(states, index, facts));
                 continue;
@@ -284,7 +378,7 @@ impl Chain {
             if states.has_nothing_to_do(index) {
                 continue;
             }
-            if !states.acts(index, link, |when| when.holds(&facts.asked(view.request))) {
+            if !self.acts(index, states, || facts.asked(view.request)) {
                 continue;
             }
             let notebook = states.notebook.clone();
@@ -304,8 +398,7 @@ impl Chain {
 
     /// Whether a filter processes the request body. Call it after the request stage.
     pub fn sees_request_body(&self, states: &States) -> bool {
-        let leaves = |index: &usize| states.slots.get(*index).is_some_and(|slot| slot.leaves_request_body);
-        self.request_body.iter().any(|index| states.may_act(*index) && !leaves(index))
+        self.request_body.iter().any(|index| states.may_act(*index) && !states.leaves_request_body(*index))
     }
 
     /// Whether a filter processes the response body. Call it after the response stage.
@@ -342,7 +435,7 @@ impl Chain {
         let facts = view.facts;
         for &index in order {
             let link = &self.links[index];
-            if states.acts(index, link, |when| when.holds(&facts.asked(view.request))) {
+            if self.acts(index, states, || facts.asked(view.request)) {
                 link.watched.call(|| call(&*link.filter, &mut view.scope(states, index, facts)));
             }
         }
@@ -354,8 +447,7 @@ impl Chain {
         for &index in &self.end {
             let link = &self.links[index];
             let response = Some(Response { code: outcome.status, headers: None });
-            let asked = || Asked { response, ..facts.asked(view.request) };
-            if !states.acts(index, link, |when| when.holds(&asked())) {
+            if !self.acts(index, states, || Asked { response, ..facts.asked(view.request) }) {
                 continue;
             }
             link.watched.call(|| link.filter.end(&mut view.scope(states, index, facts), outcome));
@@ -400,6 +492,15 @@ impl Link {
         self.when.as_ref().is_some_and(|when| when.condition.reads_response())
     }
 
+    /// The filter at the stage of a header. A condition on the response is not evaluated at the request: the filter is
+    /// called there, and undoes what it has prepared if the condition does not hold.
+    fn turn(&self, index: usize, stage: Stages) -> Turn {
+        let early = self.decides_later() && stage == Stages::REQUEST;
+        let when = self.when.as_ref().filter(|_| !early).map(|when| when.condition.clone());
+        let prepared = self.decides_later() && stage == Stages::RESPONSE && self.filter.prepares();
+        Turn { index, when, called: self.wants.contains(stage), prepared }
+    }
+
     /// Its name in metrics and logs.
     fn label(&self) -> &'static str {
         self.watched.label()
@@ -437,26 +538,27 @@ fn told(verdict: &Verdict) -> Cow<'static, str> {
     }
 }
 
+impl Turn {
+    /// The condition, if it is to be evaluated now.
+    fn open(&self, states: &States) -> Option<&Condition> {
+        self.when.as_ref().filter(|_| !states.asked.contains(self.index))
+    }
+
+    /// Whether the filter is called at this stage; `acts`: its condition holds.
+    fn hears(&self, acts: bool) -> bool {
+        self.called && (acts || self.prepared)
+    }
+}
+
 impl States {
     /// Sets the record of the filters' calls.
     pub fn note_in(&mut self, notebook: Notebook) {
         self.notebook = Some(notebook);
     }
 
-    /// Whether this filter acts. Its condition is evaluated once, since filters may change what it reads. If the
-    /// condition does not hold, that is counted and recorded once.
-    fn acts(&mut self, index: usize, link: &Link, holds: impl FnOnce(&Condition) -> bool) -> bool {
-        let Some(when) = &link.when else { return true };
-        let slot = self.slot(index);
-        if let Some(acts) = slot.acts {
-            return acts;
-        }
-        let acts = *slot.acts.insert(holds(&when.condition));
-        if !acts {
-            when.skipped.iter().for_each(|skipped| skipped.inc());
-            self.notebook.iter().for_each(|notebook| notebook.skipped(link.label()));
-        }
-        acts
+    /// Whether this filter acts, if its condition was evaluated.
+    fn decided(&self, index: usize) -> Option<bool> {
+        self.asked.contains(index).then(|| self.may_act(index))
     }
 
     /// Starts a response, which replaces the previous one if there was one.
@@ -478,13 +580,19 @@ impl States {
 
     /// Whether the condition of this filter holds or was not evaluated.
     fn may_act(&self, index: usize) -> bool {
-        self.slots.get(index).is_none_or(|slot| slot.acts != Some(false))
+        !self.skipped.contains(index)
     }
 
-    /// Slots are added on demand, so that states of another chain cannot panic.
+    /// Whether this filter has declined to process the request body.
+    fn leaves_request_body(&self, index: usize) -> bool {
+        self.slots.get(index).is_some_and(|slot| slot.leaves_request_body)
+    }
+
+    /// Slots are added on demand: an exchange in which no filter runs needs none, and states of another chain cannot
+    /// panic.
     fn slot(&mut self, index: usize) -> &mut Slot {
         if index >= self.slots.len() {
-            self.slots.resize_with(index + 1, Slot::default);
+            self.slots.resize_with(self.filters.max(index + 1), Slot::default);
         }
         &mut self.slots[index]
     }
@@ -494,13 +602,15 @@ impl View<'_> {
     fn scope<'s>(&'s mut self, states: &'s mut States, index: usize, facts: Facts<'s>) -> Scope<'s> {
         states.slot(index);
         let States { slots, identity, .. } = states;
-        let Slot { state, leaves_request_body, leaves_body, holds_body, .. } = &mut slots[index];
+        let Slot { state, leaves_request_body, leaves_body, holds_body } = &mut slots[index];
         Scope { facts, request: self.request, state, identity, leaves_request_body, leaves_body, holds_body }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use async_trait::async_trait;
     use futures::FutureExt;
     use http::StatusCode;
@@ -774,6 +884,46 @@ mod tests {
         let chain = Chain::default();
         assert!(!chain.wants(Stages::ALL));
         assert_eq!(chain.states().slots.capacity(), 0);
+    }
+
+    #[test]
+    fn an_exchange_in_which_no_condition_holds_allocates_nothing() {
+        let metrics = Metrics::new(100, Vec::new());
+        let chain = chain_where([(witness("a"), "false"), (witness("b"), r#"request.method == "POST""#)]);
+        let chain = chain.timed("all", &metrics);
+        let (mut request, mut states) = (request(), chain.states());
+        let facts = Facts::of("all", "/");
+        assert!(!chain.acts_on_request(&mut states, || facts.asked(&request)));
+        assert!(!chain.may_act(&states));
+        chain.end(&mut states, view(&mut request), OVER);
+        assert_eq!(states.slots.capacity(), 0);
+    }
+
+    #[test]
+    fn skipped_filters_are_counted_once_and_by_name() {
+        let metrics = Metrics::new(100, Vec::new());
+        let acts = |number: usize| number.is_multiple_of(3);
+        // Some filters share a name, and there are more of them than fit into a word.
+        let links = (0..100).map(|number| {
+            let when = Condition::build(&acts(number).to_string(), Moment::Response).unwrap();
+            let name = ["a", "b"][number % 2];
+            Link::new(name, Box::new(witness(name)), Some(when))
+        });
+        let chain = Chain::new(links.collect()).timed("all", &metrics);
+        for _ in 0..2 {
+            let (mut request, mut states) = (request(), chain.states());
+            let mut response = ResponseHeader::build(200, None).unwrap();
+            chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
+            chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+            chain.end(&mut states, view(&mut request), OVER);
+            let called: Vec<&str> =
+                (0..100).filter(|number| acts(*number)).map(|number| ["a", "b"][number % 2]).collect();
+            assert_eq!(seen(&request.headers, "seen"), called);
+            assert!(chain.may_act(&states));
+        }
+        let counts: HashMap<&str, u64> = chain.conditional().map(|(name, _, skipped)| (name, skipped.get())).collect();
+        let skipped = |parity| 2 * (0..100).filter(|number| !acts(*number) && number % 2 == parity).count() as u64;
+        assert_eq!(counts, HashMap::from([("a", skipped(0)), ("b", skipped(1))]));
     }
 
     #[test]

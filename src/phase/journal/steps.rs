@@ -26,7 +26,7 @@ pub struct Step {
     pub upstream: Option<Box<str>>,
     /// Start time.
     pub begin: Instant,
-    /// Duration; for a body, the sum over all pieces.
+    /// Duration; for a body, the sum over all pieces. Zero for a filter that was skipped.
     pub took: Duration,
     /// Number of body pieces; otherwise 1.
     pub times: u32,
@@ -74,7 +74,8 @@ impl Notebook {
 
     /// Records that a filter was skipped because its condition is false.
     pub fn skipped(&self, filter: &'static str) {
-        Noting::begin(self.clone(), filter, "when", None).comes_to("skipped");
+        let (begin, took, outcome) = (Instant::now(), Duration::ZERO, Cow::from("skipped"));
+        self.note(Step { filter, stage: "when", upstream: None, begin, took, times: 1, outcome });
     }
 
     /// Takes all steps, in the order in which they ended, and the number of steps beyond the limit.
