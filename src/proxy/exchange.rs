@@ -188,7 +188,7 @@ impl Exchange {
     /// The input of keys and expressions: the target before the filters, and the header after them.
     pub fn asked<'e>(&'e self, request: &'e RequestHeader) -> Asked<'e> {
         let target = self.request.target.as_ref().unwrap_or(&request.uri);
-        let facts = Facts { path: target.path(), ..self.facts(self.routing.route_name()) };
+        let facts = self.facts_at(self.routing.route_name(), target.path());
         Asked {
             facts,
             method: &request.method,
@@ -201,6 +201,12 @@ impl Exchange {
 
     /// The facts besides the headers, on this route.
     pub fn facts<'e>(&'e self, route: &'e str) -> Facts<'e> {
+        self.facts_at(route, self.request.target.as_ref().map(Uri::path).unwrap_or_default())
+    }
+
+    /// The same with this path. Inlined, since the facts would otherwise be copied from place to place.
+    #[inline]
+    pub fn facts_at<'e>(&'e self, route: &'e str, path: &'e str) -> Facts<'e> {
         Facts {
             client: self.client.address,
             prefix: self.client.prefix,
@@ -208,7 +214,7 @@ impl Exchange {
             scheme: self.request.scheme,
             listener: self.client.listener(),
             route,
-            path: self.request.target.as_ref().map(Uri::path).unwrap_or_default(),
+            path,
             secured: self.client.secured(),
             ended: self.request.ended_with_header,
             pace: self.pace(),
@@ -224,7 +230,7 @@ impl Exchange {
     fn pace(&self) -> Pace {
         let clock = &self.progress.clock;
         let passed = || self.link.as_ref().map(|link| link.passed()).unwrap_or_default();
-        let spent = |phase: Phase| clock.spent(phase).filter(|_| clock.phase() > phase);
+        let spent = |phase: Phase| if clock.phase() > phase { clock.spent(phase) } else { None };
         if let Some(age) = spent(Phase::Write) {
             Pace { phase: Phase::Write, age, bytes: Some(passed().sent) }
         } else if let Some(age) = spent(Phase::Buffer) {

@@ -20,7 +20,7 @@ use crate::client::challenges::Challenges;
 use crate::client::fields;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker::take_route;
-use crate::expression::{Asked, Condition, Facts};
+use crate::expression::{Asked, Condition};
 use crate::filter::{Refused, Stages, Verdict, View};
 
 /// Finds the route of a request.
@@ -41,7 +41,7 @@ pub fn find<'t>(
 
 /// The input of conditions before filters change anything.
 fn asked_of<'a>(exchange: &'a Exchange, route: &'a str, request: &'a RequestHeader) -> Asked<'a> {
-    Facts { path: request.uri.path(), ..exchange.facts(route) }.asked(request)
+    exchange.facts_at(route, request.uri.path()).asked(request)
 }
 
 /// The query of a request for the route table.
@@ -95,30 +95,30 @@ pub fn decide(
 
 /// Sets the route and runs its request filters.
 ///
-/// Filters and the copy for a mirror see the field names as spelled in `written`.
+/// Filters and the copy for a mirror see the field names as spelled in `written`. The spelling is copied only for them,
+/// since that takes as long as dozens of conditions.
 pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader, written: &[u8]) -> Verdict {
     take_route(&route.tag);
-    if (route.mirror.is_some() || route.chain.wants(Stages::ALL)) && fields::spell_out(request, written).is_err() {
+    let mut states = route.chain.states();
+    let (mut acts, mut may_act) = (false, false);
+    if route.chain.wants(Stages::ALL) {
+        if let Some(notebook) = exchange.progress.notebook() {
+            states.note_in(notebook);
+        }
+        acts = route.chain.acts_on_request(&mut states, || asked_of(exchange, &route.name, request));
+        may_act = acts || route.chain.may_act(&states);
+    }
+    if (route.mirror.is_some() || may_act) && fields::spell_out(request, written).is_err() {
         return Verdict::Refuse(Refused::from(&refusal::HEADER_MALFORMED));
     }
-    if !route.chain.wants(Stages::ALL) {
-        exchange.routing.route = Some(route);
-        return Verdict::Continue;
+    if may_act {
+        exchange.request.target = Some(request.uri.clone());
     }
-    let mut states = route.chain.states();
-    if let Some(notebook) = exchange.progress.notebook() {
-        states.note_in(notebook);
-    }
-    let acts = route.chain.acts_on_request(&mut states, || asked_of(exchange, &route.name, request));
     if !acts {
-        if route.chain.may_act(&states) {
-            exchange.request.target = Some(request.uri.clone());
-            exchange.filters.states = Some(FilterStates::new(states));
-        }
+        exchange.filters.states = may_act.then(|| FilterStates::new(states));
         exchange.routing.route = Some(route);
         return Verdict::Continue;
     }
-    exchange.request.target = Some(request.uri.clone());
     let mut client = exchange.watch(&route);
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);

@@ -58,6 +58,30 @@ fn a_filter_acts_where_its_condition_holds_and_what_it_skips_is_counted() {
 }
 
 #[test]
+fn names_keep_their_spelling_whether_filters_act_or_are_skipped() {
+    let when = |on: &str| format!("'request.headers[\"x-on\"].contains(\"{on}\")'");
+    let filters = format!(
+        "{{ headers: {{ request: {{ set: {{ X-oNe: b }} }} }}, when: {} }}, \
+         {{ headers: {{ response: {{ set: {{ X-tWo: b }} }} }}, when: {} }}",
+        when("one"),
+        when("two")
+    );
+    let (origin, gateway) = filtered(&filters);
+    let mut client = gateway.client();
+    for on in ["none", "one", "two", "one, two"] {
+        let answer = client.ask("GET", "/", &format!("x-oN: {on}\r\nX-wHy:\r\n"), "");
+        assert_eq!(answer.status, 200);
+        let requests = origin.requests();
+        let fields = &requests.last().expect("a request").head.fields;
+        let has = |fields: &[(String, String)], name: &str| fields.iter().any(|(found, _)| found == name);
+        assert!(has(fields, "x-oN") && has(fields, "X-wHy"), "{on}: {fields:?}");
+        assert_eq!(has(fields, "X-oNe"), on.contains("one"), "{on}: {fields:?}");
+        let told = answer.head.fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("x-two"));
+        assert_eq!(told, on.contains("two"), "{on}");
+    }
+}
+
+#[test]
 fn a_request_whose_host_cannot_be_made_is_refused() {
     let filter = "headers: { request: { set: { Host: { cel: 'request.args[\"tenant\"]' } } } }";
     let (origin, gateway) = filtered(filter);
