@@ -71,7 +71,6 @@ pub mod http1;
 pub mod http2;
 pub mod intake;
 pub mod kept;
-pub mod lane;
 pub mod names;
 pub mod proxy_protocol;
 pub mod rates;
@@ -98,20 +97,21 @@ use tokio::sync::watch;
 
 use crate::access_log::AccessLog;
 use crate::error::{Refusal, refusal};
-use crate::eventloop::{GivenUp, Metered, own_time, worker};
+use crate::eventloop::worker;
 use crate::finished::{Client, Finished, Request, Way};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary};
 use crate::party::What;
 use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
+use crate::scheduler::Schedulers;
+use crate::scheduler::task::{Abandoned, ExchangeTask, NewcomerTask, own_time};
 use crate::slow_client::SlowClients;
 use crate::slow_client::waiting::Waiting;
-use connection::{Begin, Connection, Counted, Inflight, InflightGuard, Introduced, Listener, StateGauge};
+use connection::{Arriving, Begin, Connection, Counted, Inflight, InflightGuard, Introduced, Listener, StateGauge};
 use cut::Cut;
 use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
-use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
 use remains::SettlesExchanges;
 use stream::{ClientStream, Opening};
@@ -136,7 +136,7 @@ pub struct Desk {
     log: Option<Arc<AccessLog>>,
     ending: Ending,
     slow: SlowClients,
-    lanes: Arc<Lanes>,
+    schedulers: Arc<Schedulers>,
 }
 
 /// The state of a shutdown, and the part that settles exchanges that must be dropped.
@@ -164,10 +164,10 @@ impl Desk {
         log: Option<Arc<AccessLog>>,
         ending: Ending,
         slow: SlowClients,
-        lanes: Arc<Lanes>,
+        schedulers: Arc<Schedulers>,
         unrouted: Arc<RouteMetrics>,
     ) -> Self {
-        Desk { turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, lanes }
+        Desk { turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, schedulers }
     }
 
     /// Counts and logs a refusal without an exchange.
@@ -271,7 +271,7 @@ where
 
 impl Desk {
     /// Runs an exchange to its end, or until the grace period of a shutdown has passed.
-    async fn run<F, T>(&self, mut exchange: Metered<F>) -> Option<T>
+    async fn run<F, T>(&self, mut exchange: ExchangeTask<F>) -> Option<T>
     where
         F: Future<Output = Option<T>> + Unpin,
     {
@@ -279,11 +279,11 @@ impl Desk {
             biased;
             ended = &mut exchange => ended,
             () = self.ending.cut.told() => {
-                exchange.stop();
+                exchange.cancel();
                 (&mut exchange).await
             }
         };
-        ended.unwrap_or_else(|GivenUp| {
+        ended.unwrap_or_else(|Abandoned| {
             exchange.end(|future| self.ending.settler.settle(remains::collect(|| drop(future))));
             None
         })
@@ -411,9 +411,9 @@ where
     async fn serve(mut self, mut stream: Box<ClientStream>) {
         while self.park(&mut stream).await {
             self.served += 1;
-            let (connection, lanes) = (self.connection.clone(), self.front.desk.lanes.clone());
+            let (client, schedulers) = (Arriving::new(&self.connection), self.front.desk.schedulers.clone());
             // Boxed, so that a waiting connection does not hold the memory of an exchange.
-            let exchange = Newcomer::new(Box::pin(self.exchange(stream)), connection, lanes).await;
+            let exchange = NewcomerTask::new(Box::pin(self.exchange(stream)), client, schedulers).await;
             self.connection.settle();
             match exchange {
                 Some(kept) => stream = kept,
@@ -554,7 +554,7 @@ where
         }
         let session = sessions::take(Box::new(http1::Session::new(&stream, request)));
         let exchange = Box::pin(self.front.driver.run(session, &self.shutdown));
-        self.front.desk.run(Metered::new(Introduced::new(self.begin(arrival), exchange))).await;
+        self.front.desk.run(ExchangeTask::new(Introduced::new(self.begin(arrival), exchange))).await;
         match stream.outcome() {
             Some(true) => Some(stream),
             Some(false) => {
@@ -591,7 +591,7 @@ where
 
         let session = sessions::of_pingora(session);
         let exchange = Introduced::new(self.begin(arrival), Box::pin(self.front.driver.run(session, &self.shutdown)));
-        let stream = self.front.desk.run(Metered::new(exchange)).await?;
+        let stream = self.front.desk.run(ExchangeTask::new(exchange)).await?;
         stream.into_any().downcast::<ClientStream>().ok()
     }
 
@@ -781,7 +781,7 @@ where
         let (accept, control) = (None, Some(stream.control()));
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
         let session = sessions::take(Box::new(stream));
-        desk.run(Metered::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
+        desk.run(ExchangeTask::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
     }
 
     /// Runs the exchange of a connection that one stream carries.

@@ -27,6 +27,7 @@ pub mod phase;
 pub mod printable;
 pub mod proxy;
 pub mod recorder;
+pub mod scheduler;
 pub mod slow_client;
 pub mod spans;
 pub mod spool;

@@ -59,7 +59,7 @@ pub const LOOP: &str = "loop";
 
 pub use acme::{AcmeMetrics, ChallengeMetrics};
 pub use admin::{AdminMetrics, StreamGuard};
-pub use eventloop::{LANE_CLASSES, LaneMetrics, LoopMetrics};
+pub use eventloop::{LoopMetrics, SCHEDULER_CLASSES, SchedulerMetrics};
 pub use limits::{LimitMetrics, QueueMetrics};
 pub use listener::{ConnectionState, DoorwayMetrics, ListenerMetrics};
 pub use outputs::{AccessLogMetrics, SpanMetrics};
@@ -331,9 +331,9 @@ impl Metrics {
         self.families().spools.spools()
     }
 
-    /// The metrics of the paced lane of a worker; workers are numbered from 0.
-    pub fn lane(&self, worker: usize) -> LaneMetrics {
-        self.families().loops.lane(worker)
+    /// The metrics of the scheduler of a worker; workers are numbered from 0.
+    pub fn scheduler(&self, worker: usize) -> SchedulerMetrics {
+        self.families().loops.scheduler(worker)
     }
 
     /// The metrics of the event loops of this number of workers, numbered from 0.
@@ -552,7 +552,7 @@ mod tests {
         let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
         metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();
-        metrics.lane(0);
+        metrics.scheduler(0);
         metrics.filter_polls("respond");
         metrics.filter_skipped("all", "respond");
         crate::eventloop::tests::attach(&metrics);

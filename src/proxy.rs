@@ -49,12 +49,12 @@ use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use crate::client::challenges::Challenges;
 use crate::client::driver::course::{Course, Facts, Reason};
 use crate::client::driver::{Driven, handover};
-use crate::client::lane::Lanes;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Answer, Refused, Stages, Verdict};
 use crate::metrics::Metrics;
 use crate::metrics::driver::DriverMetrics;
 use crate::phase::Phase;
+use crate::scheduler::Schedulers;
 use crate::spool::Depot;
 use crate::upstream::Upstream;
 use crate::upstream::transport::dial::Dialer;
@@ -76,8 +76,8 @@ pub struct Proxy {
     pub settler: Arc<Settler>,
     /// The resources that spools for bodies share.
     pub depot: Arc<Depot>,
-    /// The lanes that give turns for spooling.
-    pub lanes: Arc<Lanes>,
+    /// The schedulers that give grants for bulk transfers.
+    pub schedulers: Arc<Schedulers>,
     /// Pending challenges of certificate issuers.
     pub challenges: Arc<Challenges>,
     /// The rules for the choice of the driver.
@@ -155,7 +155,7 @@ impl ProxyHttp for Proxy {
         exchange.client.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
         exchange.request.upgrade = session.get_header(UPGRADE).filter(|_| session.is_upgrade_req()).cloned();
         let client = &mut session.downstream_session;
-        buffer::request(exchange, client, &route, &upstream, &self.depot, &self.lanes).await?;
+        buffer::request(exchange, client, &route, &upstream, &self.depot, &self.schedulers).await?;
         if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             exchange.request_is_whole(Instant::now());
         }

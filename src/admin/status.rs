@@ -22,10 +22,10 @@ use super::page::Page;
 use super::table::Ask;
 use super::{Admin, Readiness, Ready};
 use crate::client::connection::Listener;
-use crate::client::lane::Class;
 use crate::eventloop::Loops;
 use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
 use crate::phase::Phase;
+use crate::scheduler::Class;
 use crate::slow_client::{SlowClient, SlowClients};
 use crate::upstream::breaker::State;
 use crate::upstream::{Endpoint, Upstream};
@@ -477,11 +477,13 @@ impl Status {
             .into_iter()
             .map(|figures| {
                 let number = figures.worker.parse::<usize>().ok();
-                let lane = number.map(|number| metrics.lane(number));
+                let scheduler = number.map(|number| metrics.scheduler(number));
                 WorkerStatus {
                     lag: number.map(|number| Times::from(metrics.lag(number))),
-                    lane_waiting: lane.as_ref().map(|lane| lane.waiting.iter().map(|gauge| gauge.get()).sum()),
-                    lane_share: lane.as_ref().map(|lane| lane.share[Class::Pass as usize].get()),
+                    lane_waiting: scheduler
+                        .as_ref()
+                        .map(|scheduler| scheduler.waiting.iter().map(|gauge| gauge.get()).sum()),
+                    lane_share: scheduler.as_ref().map(|scheduler| scheduler.share[Class::Pass as usize].get()),
                     wait_seconds: figures.wait_seconds,
                     busy_seconds: figures.busy_seconds,
                     wakeups: figures.wakeups,

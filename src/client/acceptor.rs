@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use pingora::listeners::connection_filter::ConnectionFilter;
 use pingora::protocols::l4::stream::Stream;
 use pingora::protocols::{GetSocketDigest, SocketDigest};
 use pingora::server::ShutdownWatch;
@@ -20,8 +19,9 @@ use tokio::sync::watch;
 
 use super::Front;
 use super::connection::Listener;
+use super::descriptors::Doorway;
 use super::driver::Driven;
-use super::lane::Door;
+use crate::scheduler::accept::limit_accepts;
 
 /// Pause after the system could not provide a connection: the next attempt would fail at once.
 const REST: Duration = Duration::from_millis(100);
@@ -102,7 +102,7 @@ impl Acceptor {
     }
 
     /// Accepts connections and passes them to `front` until the socket is closed or `stop` signals a shutdown.
-    pub async fn run<P>(self: Arc<Self>, front: Arc<Front<P>>, door: Arc<Door>, mut stop: ShutdownWatch)
+    pub async fn run<P>(self: Arc<Self>, front: Arc<Front<P>>, doorway: Arc<Doorway>, mut stop: ShutdownWatch)
     where
         P: Driven + Send + Sync + 'static,
         P::CTX: Send + Sync + 'static,
@@ -124,9 +124,10 @@ impl Acceptor {
             match accepted {
                 Ok(stream) => {
                     tokio::select! {
-                        _ = door.should_accept(None) => {}
+                        () = doorway.pass() => {}
                         _ = stop.wait_for(|stop| *stop) => {}
                     }
+                    limit_accepts().await;
                     self.hand_over(stream, &front, &stop);
                 }
                 Err(error) => {

@@ -15,6 +15,7 @@ use http::HeaderValue;
 use pingora::protocols::http::v2::server::{H2Options, default_h2_options};
 use tokio::sync::Notify;
 
+use super::broken::{Leaving, Look};
 use super::descriptors::Shares;
 use super::head::HeadLimits;
 use super::http2::Control;
@@ -34,9 +35,11 @@ use crate::config::units::Count;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker;
 use crate::metrics::{ConnectionState, ListenerMetrics, Metrics};
+use crate::party::wait::Eye;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::phase::journal::Cycle;
+use crate::scheduler;
 use crate::upstream::transport::tunnel::Tunnel;
 
 /// A listener at run time.
@@ -716,7 +719,7 @@ impl Connection {
         self.flags.half_close_aborts.load(Ordering::Relaxed)
     }
 
-    /// Records that a response has begun: the connection is no longer a newcomer.
+    /// Records that a response has begun: the connection is no longer new.
     pub fn settle(&self) {
         self.flags.settled.store(true, Ordering::Relaxed);
     }
@@ -803,6 +806,34 @@ impl StateGauge {
 impl Drop for StateGauge {
     fn drop(&mut self) {
         self.listener.metrics.enter(Some(self.state), None);
+    }
+}
+
+/// The client of a connection, as the scheduler sees it.
+pub struct Arriving {
+    connection: Arc<Connection>,
+    look: Look,
+}
+
+impl Arriving {
+    /// The client of this connection.
+    pub fn new(connection: &Arc<Connection>) -> Self {
+        Arriving { connection: connection.clone(), look: Look::default() }
+    }
+}
+
+impl Eye for Arriving {
+    type Left = ();
+
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(socket) = self.connection.socket() else { return Poll::Pending };
+        self.look.poll(cx, socket, Leaving::Broken).map(|_| ())
+    }
+}
+
+impl scheduler::task::Client for Arriving {
+    fn is_new(&self) -> bool {
+        !self.connection.is_settled()
     }
 }
 

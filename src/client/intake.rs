@@ -2,7 +2,7 @@
 //! is received.
 //!
 //! In both cases limits apply to the client: size (`max_body`), total time (`body_total`), pauses (`body_idle`) and
-//! rate (`min_rate.read`). A body that is held takes turns with other bulk transfers in the lane of its worker.
+//! rate (`min_rate.read`). A body that is held takes turns with the other bulk transfers of its worker.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -12,7 +12,6 @@ use bytes::Bytes;
 use pingora::Error;
 use pingora::http::RequestHeader;
 
-use super::lane::{Bulk, Class, Lanes, Turn};
 use super::wire::Wire;
 use crate::config;
 use crate::config::route::{BufferMode, OnDiskFull};
@@ -21,6 +20,7 @@ use crate::metrics::{Direction, RouteMetrics};
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::scheduler::{Bulk, Class, Grant, Schedulers};
 use crate::slow_client::Entry;
 use crate::slow_client::pace::Pace;
 use crate::slow_client::waiting::{Waiting, Who};
@@ -113,7 +113,7 @@ pub struct Intake {
     /// Start of the wait for memory or the disk.
     paused: Option<Instant>,
     timer: Timer,
-    turns: Turns,
+    grants: Grants,
     depot: Arc<Depot>,
 }
 
@@ -142,23 +142,23 @@ struct Client {
     since: Option<Instant>,
 }
 
-/// The turns that a body takes with the other bulk transfers of its worker.
-struct Turns {
-    lanes: Arc<Lanes>,
+/// The grants that a body needs beside the other bulk transfers of its worker.
+struct Grants {
+    schedulers: Arc<Schedulers>,
     /// Bytes read without a pause.
     run: u64,
-    turn: Option<Turn>,
+    grant: Option<Grant>,
     /// Registration as a bulk transfer.
     bulk: Option<Bulk>,
     /// The last poll read many bytes; the next one yields to other tasks.
     rest: bool,
-    /// The last poll used a turn.
+    /// The last poll used a grant.
     used: bool,
 }
 
 impl Intake {
     /// Creates the receiver for a body of which nothing was read.
-    pub fn new(terms: IntakeTerms, empty: bool, who: Who, depot: &Arc<Depot>, lanes: &Arc<Lanes>) -> Self {
+    pub fn new(terms: IntakeTerms, empty: bool, who: Who, depot: &Arc<Depot>, schedulers: &Arc<Schedulers>) -> Self {
         Intake {
             terms,
             empty,
@@ -169,7 +169,14 @@ impl Intake {
             client: Client { who, slow: None, waiting: None, since: None },
             paused: None,
             timer: Timer::default(),
-            turns: Turns { lanes: lanes.clone(), run: 0, turn: None, bulk: None, rest: false, used: false },
+            grants: Grants {
+                schedulers: schedulers.clone(),
+                run: 0,
+                grant: None,
+                bulk: None,
+                rest: false,
+                used: false,
+            },
             depot: depot.clone(),
         }
     }
@@ -264,14 +271,14 @@ impl Intake {
         waiting: &mut (dyn FnMut(u64) + Send),
     ) -> Poll<Result<(), Unread>> {
         while !self.held.whole {
-            if std::mem::take(&mut self.turns.rest) {
+            if std::mem::take(&mut self.grants.rest) {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            if let Some(turn) = &mut self.turns.turn {
-                ready!(turn.poll(cx));
-                self.turns.turn = None;
-                self.turns.used = true;
+            if let Some(grant) = &mut self.grants.grant {
+                ready!(grant.poll(cx));
+                self.grants.grant = None;
+                self.grants.used = true;
             }
             let Poll::Ready(room) = self.poll_room(cx) else {
                 // The wait is for room, not for the client.
@@ -298,14 +305,14 @@ impl Intake {
                     if let Some(spool) = &mut self.held.spool {
                         spool.idle(cx);
                     }
-                    self.turns.run = 0;
+                    self.grants.run = 0;
                     let late = ready!(self.poll_late(cx, Phase::Buffer));
                     return Poll::Ready(Err(late.into()));
                 }
             }
         }
         self.client.waiting = None;
-        self.turns.bulk = None;
+        self.grants.bulk = None;
         Poll::Ready(Ok(()))
     }
 
@@ -360,9 +367,9 @@ impl Intake {
         }
     }
 
-    /// Whether the last poll used a turn of the lane.
-    pub fn used_turn(&mut self) -> bool {
-        std::mem::take(&mut self.turns.used)
+    /// Whether the last poll used a grant.
+    pub fn used_grant(&mut self) -> bool {
+        std::mem::take(&mut self.grants.used)
     }
 
     fn is_at_end(&mut self, wire: &mut Wire) -> bool {
@@ -392,18 +399,18 @@ impl Intake {
             Spool::keeping(depot, Direction::Request, terms.limits, account.as_ref(), Some(&terms.route))
         };
         held.spool.get_or_insert_with(begin).push(piece);
-        self.turns.run += bytes;
-        if self.turns.run >= TURN_BYTES {
-            let lane = self.turns.lanes.here();
-            lane.spooled(std::mem::take(&mut self.turns.run));
-            let bulk = self.turns.bulk.get_or_insert_with(|| lane.enter());
+        self.grants.run += bytes;
+        if self.grants.run >= TURN_BYTES {
+            let scheduler = self.grants.schedulers.here();
+            scheduler.count_spooled(std::mem::take(&mut self.grants.run));
+            let bulk = self.grants.bulk.get_or_insert_with(|| scheduler.begin_bulk());
             if !bulk.is_crowded() {
-                self.turns.rest = true;
+                self.grants.rest = true;
                 return;
             }
             let missing = terms.announced.map_or(u64::MAX, |length| length.saturating_sub(self.received));
             let disk = self.held.spool.as_ref().is_some_and(Spool::needs_disk);
-            self.turns.turn = Some(lane.queue(Class::Pass, missing, disk));
+            self.grants.grant = Some(scheduler.request(Class::Pass, missing, disk));
         }
     }
 

@@ -10,11 +10,11 @@
 //! client's own session, so that keep-alive works unchanged. It is removed earlier if client and endpoint switch to
 //! another protocol.
 //!
-//! While a response waits for its client, Pingora would continue to read into its channel. The gate therefore does not
-//! poll the exchange then, and serves only the client until there is room and a turn. Within one poll, too, Pingora
-//! would read about 300 KiB before it polls the client. The session therefore limits each poll to a few operations of
-//! tokio's cooperative budget, and to none once the exchange must wait. Without this limit, each of a thousand waiting
-//! exchanges held 128 KiB in Pingora's channels.
+//! While a response waits for its client, Pingora would continue to read into its channel. [`Link`] therefore does not
+//! let the exchange be polled then, and serves only the client until there is room and a grant. Within one poll, too,
+//! Pingora would read about 300 KiB before it polls the client. The session therefore limits each poll to a few
+//! operations of tokio's cooperative budget, and to none once the exchange must wait. Without this limit, each of a
+//! thousand waiting exchanges held 128 KiB in Pingora's channels.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,16 +36,18 @@ use pingora::{Error, ErrorType, Result};
 use super::driver::sessions;
 use super::http2::Control;
 use super::intake::{Intake, IntakeTerms, Unread};
-use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
 use super::remains;
 use super::stream::Bypass;
 use super::wire::{Manner, Past, Wire};
-use crate::eventloop::{Gate, LAST_WORDS, adopt, worker};
+use crate::eventloop::worker;
 use crate::party::limits::Seen;
 use crate::party::wait::Timer;
 use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
 use crate::phase::journal::Passed;
+use crate::scheduler::coop::{OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
+use crate::scheduler::task::{CANCEL_GRACE, ExchangeControl, attach};
+use crate::scheduler::{Class, Schedulers};
 use crate::slow_client::waiting::Who;
 use crate::spool::{Depot, Held};
 use crate::upstream::transport::http2::StreamHandle;
@@ -80,8 +82,8 @@ pub struct Terms {
     pub tap: Option<Box<dyn Tap>>,
     /// The resources that spools share.
     pub depot: Arc<Depot>,
-    /// The lanes that give turns for spooling.
-    pub lanes: Arc<Lanes>,
+    /// The schedulers that give grants for bulk transfers.
+    pub schedulers: Arc<Schedulers>,
 }
 
 /// The state that an exchange and its session share: the clocks, the sender of the response, and the client's own
@@ -109,9 +111,9 @@ pub struct Link {
     body: BodyCounts,
     /// The write timeout of the client's own session, for what it writes itself.
     write_timeout: Option<Duration>,
-    /// The class of the lane's turn in use, as its index in `Class::ALL`; `NO_TURN` if there is none.
-    turn: AtomicUsize,
-    lanes: Arc<Lanes>,
+    /// The class of the grant in use, as its index in `Class::ALL`; `NO_GRANT` if there is none.
+    grant: AtomicUsize,
+    schedulers: Arc<Schedulers>,
 }
 
 /// Bytes of the request body.
@@ -138,7 +140,7 @@ struct Clock {
     look: Look,
 }
 
-const NO_TURN: usize = usize::MAX;
+const NO_GRANT: usize = usize::MAX;
 
 impl Link {
     /// Moves the exchange to this phase, with its own party to wait for and its own limits.
@@ -481,9 +483,9 @@ impl Link {
     }
 }
 
-impl Gate for Link {
+impl ExchangeControl for Link {
     /// Polls only the client's side while the response waits for it: the upstream is not read.
-    fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
+    fn poll_ready(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         let mut wire = self.wire();
         self.waits.note_lag(worker::lag(now), now);
         self.keep_time(&mut wire, now);
@@ -508,30 +510,30 @@ impl Gate for Link {
     }
 
     fn polled(&self, time: Duration) {
-        if let Some(&class) = Class::ALL.get(self.turn.load(Ordering::Relaxed)) {
-            self.lanes.here().took(class, time);
+        if let Some(&class) = Class::ALL.get(self.grant.load(Ordering::Relaxed)) {
+            self.schedulers.here().charge(class, time);
             // Pingora processes the part of a response that it reads now in a later poll; the response can be held only
             // then.
             if self.holding.load(Ordering::Relaxed) || self.stage() != Stage::Receiving {
-                self.turn.store(NO_TURN, Ordering::Relaxed);
+                self.grant.store(NO_GRANT, Ordering::Relaxed);
             }
         }
     }
 
-    fn waits(&self, cx: &mut Context<'_>) {
+    fn pending(&self, cx: &mut Context<'_>) {
         self.set_alarm(cx);
         self.watch(&mut self.wire(), cx);
     }
 
-    fn stop(&self) {
+    fn cancel(&self) {
         self.end(Fault::new(Party::Gateway, self.stage().phase(), What::Stopped), &mut self.wire());
     }
 
-    fn last_words(&self) -> Option<Duration> {
+    fn grace(&self) -> Option<Duration> {
         let over = self.over()?;
         // Only dropping the exchange aborts a connect, and a client that has left receives nothing.
         let in_vain = over.party == Party::Client && self.stage() == Stage::Connecting;
-        Some(if in_vain { Duration::ZERO } else { LAST_WORDS })
+        Some(if in_vain { Duration::ZERO } else { CANCEL_GRACE })
     }
 }
 
@@ -584,7 +586,8 @@ impl Drop for BufferedSession {
 impl BufferedSession {
     /// Takes the client's session. A placeholder replaces it until [`BufferedSession::stand_in`].
     pub fn take(session: &mut Box<ServerSession>, terms: Terms, now: Instant) -> (Arc<Link>, Self) {
-        let Terms { patience, intake, holds_body, manner, who, control, bypass, custom, tap, depot, lanes } = terms;
+        let Terms { patience, intake, holds_body, manner, who, control, bypass, custom, tap, depot, schedulers } =
+            terms;
         let mut own = std::mem::replace(session, sessions::placeholder());
         // The intake enforces the deadline for the client's body, since Pingora has none on HTTP/2.
         own.set_read_timeout(None);
@@ -593,14 +596,14 @@ impl BufferedSession {
         let reads_past = holds_body && bypass.as_ref().is_some_and(|bypass| !bypass.is_read());
         // The first such call makes Pingora's own session settle the framing of the body.
         let empty = !reads_past && own.is_body_empty();
-        let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
+        let intake = Intake::new(intake, empty, who.clone(), &depot, &schedulers);
         let written = if bypass.is_some() { own.to_h1_raw() } else { Bytes::new() };
         let mut stub = remains::stub();
         stub.set_method(own.req_header().method.clone());
         stub.set_version(own.req_header().version);
         let request = std::mem::replace(own.req_header_mut(), stub);
         let past = bypass.map(|bypass| Past::new(bypass, reads_past));
-        let wire = Wire::new((own, past, control), &request, manner, who, depot, lanes.clone());
+        let wire = Wire::new((own, past, control), &request, manner, who, depot, schedulers.clone());
         let link = Arc::new(Link {
             waits: Waits::new(now),
             stage: AtomicU8::new(Stage::Unconnected as u8),
@@ -619,10 +622,10 @@ impl BufferedSession {
             stands_in: AtomicBool::new(false),
             body: BodyCounts::none(),
             write_timeout,
-            turn: AtomicUsize::new(NO_TURN),
-            lanes,
+            grant: AtomicUsize::new(NO_GRANT),
+            schedulers,
         });
-        adopt(link.clone());
+        attach(link.clone());
         (link.clone(), BufferedSession { link, request, written, intake, tap, custom })
     }
 
@@ -689,8 +692,8 @@ impl BufferedSession {
             let filled = intake.poll_fill(cx, &mut link.wire(), &mut waits);
             intake.name_client(request);
             link.reads.store(filled.is_pending() && intake.is_reading(), Ordering::Relaxed);
-            if intake.used_turn() {
-                link.turn.store(Class::Pass as usize, Ordering::Relaxed);
+            if intake.used_grant() {
+                link.grant.store(Class::Pass as usize, Ordering::Relaxed);
             }
             filled
         })
@@ -776,8 +779,8 @@ impl BufferedSession {
             let mut wire = link.wire();
             let more = wire.poll_more(cx);
             wire.name_client(&self.request);
-            if let Some(class) = wire.used_turn() {
-                link.turn.store(class as usize, Ordering::Relaxed);
+            if let Some(class) = wire.used_grant() {
+                link.grant.store(class as usize, Ordering::Relaxed);
             }
             let holds = may_hold && more.is_pending();
             link.holding.store(holds, Ordering::Relaxed);
@@ -818,7 +821,7 @@ impl CustomSession for BufferedSession {
             if let Some(fault) = link.given_up() {
                 return Poll::Ready(told(fault, ErrorType::ReadTimedout));
             }
-            if link.stage() == Stage::Receiving && link.lanes.here().is_crowded() {
+            if link.stage() == Stage::Receiving && link.schedulers.here().is_crowded() {
                 spend_budget(cx, OPERATIONS_PER_POLL - OPERATIONS);
             }
             let mut wire = link.wire();

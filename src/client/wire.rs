@@ -3,16 +3,16 @@
 //! On HTTP/1, bytes are sent past the session ([`Past`]): header and pieces share one system call, and unsent bytes can
 //! be moved to the spool. On HTTP/2, and for Pingora's own session, a write is a stored future that *owns* the client's
 //! session, so that it is never cancelled half-way. Each kind of write progresses whenever it is polled: by the driver
-//! through `client::session` while the upstream responds, by the gate of the exchange while the upstream is held back,
-//! and by `logging` once the upstream is released. Bytes that the client does not accept go to a spool. In a `Stream`
-//! response there is no spool, and the sender waits for the client.
+//! through `client::session` while the upstream responds, by the control of the exchange while the upstream is held
+//! back, and by `logging` once the upstream is released. Bytes that the client does not accept go to a spool. In a
+//! `Stream` response there is no spool, and the sender waits for the client.
 
 mod client_side;
 mod endpoint_side;
+mod grants;
 mod manner;
 mod outgoing;
 mod past;
-mod turns;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -27,20 +27,21 @@ use pingora::{Error, ErrorType, Result};
 
 use super::http1::{self, unread};
 use super::http2::Control;
-use super::lane::{Class, Lanes, ends_for_lack_of_budget};
 use crate::framing::{Body, LengthFields, answer};
 use crate::metrics::Direction;
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::scheduler::coop::ends_for_lack_of_budget;
+use crate::scheduler::{Class, Schedulers};
 use crate::slow_client::Entry;
 use crate::slow_client::waiting::{Waiting, Who};
 use crate::spool::{Depot, Room, Spool, SpoolError};
 use crate::upstream::window::Window;
 use client_side::{ClientSide, State};
 use endpoint_side::EndpointSide;
+use grants::Grants;
 use outgoing::{Head, Outgoing, body_len};
-use turns::Turns;
 
 pub use manner::{Leave, Manner, Throttle};
 pub use past::Past;
@@ -68,7 +69,7 @@ pub struct Wire {
     pub endpoint: EndpointSide,
     outgoing: Outgoing,
     delays: Delays,
-    turns: Turns,
+    grants: Grants,
     failure: Failure,
     manner: Manner,
     leave: Leave,
@@ -139,7 +140,7 @@ impl Wire {
         manner: Manner,
         who: Who,
         depot: Arc<Depot>,
-        lanes: Arc<Lanes>,
+        schedulers: Arc<Schedulers>,
     ) -> Self {
         let client = ClientSide::new(client, request, who);
         let piece = if client.past.is_some() { 2 * PIECE_MOST } else { PIECE_LEAST };
@@ -148,7 +149,7 @@ impl Wire {
             endpoint: EndpointSide::default(),
             outgoing: Outgoing { piece, ..Outgoing::default() },
             delays: Delays::none(),
-            turns: Turns::new(lanes),
+            grants: Grants::new(schedulers),
             failure: Failure::default(),
             leave: manner.leave,
             held: manner.leave == Leave::Full,
@@ -157,9 +158,9 @@ impl Wire {
         }
     }
 
-    /// Takes the class of the lane's turn that the last poll used.
-    pub fn used_turn(&mut self) -> Option<Class> {
-        self.turns.used.take()
+    /// Takes the class of the grant that the last poll used.
+    pub fn used_grant(&mut self) -> Option<Class> {
+        self.grants.used.take()
     }
 
     /// Whether the response was received completely.
@@ -215,7 +216,7 @@ impl Wire {
     fn forget(&mut self) {
         self.outgoing.clear();
         self.client.past.iter_mut().for_each(|past| past.written.clear());
-        self.turns.leave();
+        self.grants.leave();
     }
 
     /// Continues a write in progress.
@@ -312,7 +313,7 @@ impl Wire {
     ///
     /// The upstream's error, if a task carries one, or a filter's contradictory framing fields.
     pub fn take(&mut self, tasks: Vec<HttpTask>) -> Result<()> {
-        self.turns.admitted = false;
+        self.grants.admitted = false;
         let spooling = self.held || self.outgoing.unread() > 0;
         for task in tasks {
             match task {
@@ -380,8 +381,8 @@ impl Wire {
     }
 
     fn push(&mut self, piece: Bytes) {
-        let Wire { outgoing, depot, manner, turns, client, .. } = self;
-        turns.lanes.here().spooled(piece.len() as u64);
+        let Wire { outgoing, depot, manner, grants, client, .. } = self;
+        grants.schedulers.here().count_spooled(piece.len() as u64);
         let begin = || {
             let account = client.who.account(&depot.accounts);
             Spool::consuming(depot, Direction::Response, manner.limits, account.as_ref(), Some(&manner.route))
@@ -712,17 +713,17 @@ impl Wire {
     }
 
     /// Ready when more may be received from the upstream: the client has accepted everything, or the spool has room and
-    /// the exchange has its turn. Also ready when writing has failed.
+    /// the exchange has its grant. Also ready when writing has failed.
     pub fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let written = self.poll_write(cx);
         if self.failed() {
             return Poll::Ready(());
         }
         if self.outgoing.ended {
-            self.turns.bulk = None;
+            self.grants.bulk = None;
         }
-        if self.outgoing.ended || self.turns.admitted {
-            self.turns.turn = None;
+        if self.outgoing.ended || self.grants.admitted {
+            self.grants.grant = None;
             return Poll::Ready(());
         }
         if written.is_pending() && ends_for_lack_of_budget(cx) {
@@ -731,8 +732,8 @@ impl Wire {
         }
         self.set_aside();
         if written.is_ready() && !self.held {
-            if self.outgoing.is_bulk() && self.turns.is_crowded() {
-                ready!(self.poll_turn(cx, Class::Pass, false));
+            if self.outgoing.is_bulk() && self.grants.is_crowded() {
+                ready!(self.poll_grant(cx, Class::Pass, false));
             }
         } else {
             // Interim responses wait for the client; only a final response can be spooled.
@@ -751,7 +752,7 @@ impl Wire {
         if self.outgoing.came > 0 {
             self.endpoint.window.iter_mut().for_each(Window::open);
         }
-        self.turns.admitted = true;
+        self.grants.admitted = true;
         Poll::Ready(())
     }
 
@@ -789,17 +790,17 @@ impl Wire {
         Poll::Pending
     }
 
-    /// Ready when the spool has room and the exchange has its turn.
+    /// Ready when the spool has room and the exchange has its grant.
     fn poll_admitted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         ready!(self.poll_room(cx));
         // The client of a held response waits for it.
         let class = if self.held { Class::Pass } else { Class::Spool };
         let disk = self.outgoing.spool.as_ref().is_some_and(Spool::needs_disk);
-        self.poll_turn(cx, class, disk)
+        self.poll_grant(cx, class, disk)
     }
 
-    /// Limits the waits of a held response for the disk or a turn: by `disk_max`, and by the client's connection. Ready
-    /// when the response has failed.
+    /// Limits the waits of a held response for the disk or a grant: by `disk_max`, and by the client's connection.
+    /// Ready when the response has failed.
     fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.delays.fetching.get_or_insert_with(Instant::now);
         let fault = if self.client.poll_gone(cx).is_ready() {
@@ -813,12 +814,12 @@ impl Wire {
         Poll::Ready(())
     }
 
-    fn poll_turn(&mut self, cx: &mut Context<'_>, class: Class, disk: bool) -> Poll<()> {
-        let turn = self.turns.poll(cx, class, self.outgoing.missing(), disk);
-        if turn.is_pending() {
+    fn poll_grant(&mut self, cx: &mut Context<'_>, class: Class, disk: bool) -> Poll<()> {
+        let grant = self.grants.poll(cx, class, self.outgoing.missing(), disk);
+        if grant.is_pending() {
             self.delays.waits_for = Party::Gateway;
         }
-        turn
+        grant
     }
 
     /// Reads a piece of the request body. Unless the body is read past the session, it waits for a write in progress,
@@ -874,7 +875,6 @@ mod tests {
 
     use http::Method;
     use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
-    use tokio::sync::Semaphore;
 
     use super::past::SEND_LEFT;
     use super::*;
@@ -884,7 +884,6 @@ mod tests {
     use crate::metrics::Metrics;
     use crate::slow_client::pace::Pace;
     use crate::spool::Limits;
-    use crate::spool::disk::Backlog;
     use crate::spool::tests::depot;
 
     const LIMITS: Limits = Limits { memory: 1 << 20, disk: 1 << 20 };
@@ -908,10 +907,10 @@ mod tests {
             throttle: None,
             route: metrics.route("all"),
         };
-        let lanes = Lanes::new(metrics.clone(), Backlog::new(&Arc::new(Semaphore::new(1)), 1), Duration::from_secs(60));
+        let schedulers = Schedulers::new(metrics.clone(), || false, Duration::from_secs(60));
         let past = Past::new(stream.bypass(), false);
         let request = RequestHeader::build(Method::GET, b"/", None).expect("a request");
-        let mut wire = Wire::new((session, Some(past), None), &request, manner, Who::default(), depot(), lanes);
+        let mut wire = Wire::new((session, Some(past), None), &request, manner, Who::default(), depot(), schedulers);
 
         let body = Bytes::from(vec![b'x'; PIECE_MOST]);
         let mut header = ResponseHeader::build(200, None).expect("an answer");

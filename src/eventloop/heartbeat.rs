@@ -8,7 +8,7 @@
 //! A worker is late because of its own work, or because it waits for a core. The CPU time that it used before the
 //! answer tells them apart ([`Busy`]).
 //!
-//! `client::lane` measures the rounds of the loop itself while it hands out turns: it needs each of them, many per
+//! `scheduler` measures the rounds of the loop itself while it hands out turns: it needs each of them, many per
 //! millisecond, and a probe every ten is too slow for that.
 
 use std::future::poll_fn;

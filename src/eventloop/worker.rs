@@ -135,7 +135,7 @@ impl Worker {
     }
 
     /// A poll begins. Returns the previous word, which is zero unless futures are nested.
-    pub(super) fn begin(&self, word: Word, now: Instant) -> Word {
+    pub fn begin(&self, word: Word, now: Instant) -> Word {
         let outer = self.word();
         self.since.store(nanos(now.saturating_duration_since(self.epoch)), Ordering::Relaxed);
         self.set(word);
@@ -143,7 +143,7 @@ impl Worker {
     }
 
     /// The poll ends. Returns the exchange's current word.
-    pub(super) fn end(&self, outer: Word) -> Word {
+    pub fn end(&self, outer: Word) -> Word {
         let word = self.word();
         self.set(outer);
         word

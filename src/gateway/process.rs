@@ -25,7 +25,6 @@ use crate::client::cut::Cut;
 use crate::client::descriptors::{Doorway, Shares, lowest_free};
 use crate::client::driver::course::Reason;
 use crate::client::driver::{self, Driver};
-use crate::client::lane::{Door, Lanes};
 use crate::client::{Desk, Ending, Front};
 use crate::config::Config;
 use crate::config::route::retry::ATTEMPTS_MAX;
@@ -38,6 +37,7 @@ use crate::proxy::finish::Settler;
 use crate::proxy::generation::Current;
 use crate::proxy::{Proxy, Steering};
 use crate::recorder::Recorder;
+use crate::scheduler::Schedulers;
 use crate::spans::Tracer;
 use crate::spool::Depot;
 use crate::spool::budget::{self, Budget};
@@ -159,7 +159,8 @@ impl Process {
         outputs: &Outputs,
     ) -> Result<Openings, BuildError> {
         let metrics = &base.metrics;
-        let lanes = Lanes::new(metrics.clone(), self.depot.disk.backlog(), config.resources.turn.0);
+        let backlog = self.depot.disk.backlog();
+        let schedulers = Schedulers::new(metrics.clone(), move || backlog.is_deep(), config.resources.turn.0);
         let settler = Arc::new(Settler {
             unrouted: outputs.unrouted.clone(),
             log: outputs.log.clone(),
@@ -173,7 +174,7 @@ impl Process {
             settler: settler.clone(),
             stopping: stopping.clone(),
             depot: self.depot.clone(),
-            lanes: lanes.clone(),
+            schedulers: schedulers.clone(),
             challenges: base.challenges.clone(),
             steering: Steering {
                 on: uses_own_driver(),
@@ -184,14 +185,14 @@ impl Process {
         let (cut, inflight) = (self.endings.cut.clone(), self.endings.inflight.clone());
         let ending = Ending { stopping, cut, inflight, settler };
         let (log, slow) = (outputs.log.clone(), self.depot.slow.clone());
-        let desk = Desk::new(metrics.clone(), log, ending, slow, lanes, outputs.unrouted.clone());
+        let desk = Desk::new(metrics.clone(), log, ending, slow, schedulers, outputs.unrouted.clone());
         let front = Arc::new(Front::new(self.driver(proxy), Arc::new(desk)));
         let doorway =
             Doorway::new(self.shares.accepts_below(), metrics.doorway()).map_err(|error| no_open_files(&error))?;
         let (loops, threads) = (self.loops.clone(), self.threads);
         let find_workers = move || loops.attach(threads, pingora_runtime::current_handle);
         let (begin, stop) = (self.endings.begin.subscribe(), self.endings.listeners.subscribe());
-        let (openings, web) = Web::new(front, Door(doorway), threads, begin, stop, find_workers);
+        let (openings, web) = Web::new(front, doorway, threads, begin, stop, find_workers);
         self.server.add_service(web);
         Ok(openings)
     }

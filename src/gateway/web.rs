@@ -11,8 +11,8 @@ use tokio::sync::watch;
 
 use crate::client::Front;
 use crate::client::acceptor::Acceptor;
+use crate::client::descriptors::Doorway;
 use crate::client::driver::Driven;
-use crate::client::lane::Door;
 
 /// Adds sockets to accept connections on.
 #[derive(Clone)]
@@ -29,7 +29,7 @@ impl Openings {
 /// The service of all listeners.
 pub struct Web<P> {
     front: Arc<Front<P>>,
-    door: Arc<Door>,
+    doorway: Arc<Doorway>,
     threads: usize,
     openings: UnboundedReceiver<Arc<Acceptor>>,
     begin: watch::Receiver<bool>,
@@ -42,14 +42,15 @@ impl<P> Web<P> {
     /// `stop`, and its handle for adding sockets. It runs `first` before anything else, on its runtime.
     pub fn new(
         front: Arc<Front<P>>,
-        door: Door,
+        doorway: Doorway,
         threads: usize,
         begin: watch::Receiver<bool>,
         stop: ShutdownWatch,
         first: impl FnOnce() + Send + Sync + 'static,
     ) -> (Openings, Web<P>) {
         let (sender, openings) = unbounded_channel();
-        let web = Web { front, door: Arc::new(door), threads, openings, begin, stop, first: Some(Box::new(first)) };
+        let web =
+            Web { front, doorway: Arc::new(doorway), threads, openings, begin, stop, first: Some(Box::new(first)) };
         (Openings(sender), web)
     }
 }
@@ -76,7 +77,7 @@ where
         loop {
             tokio::select! {
                 Some(acceptor) = self.openings.recv() => {
-                    let task = acceptor.run(self.front.clone(), self.door.clone(), self.stop.clone());
+                    let task = acceptor.run(self.front.clone(), self.doorway.clone(), self.stop.clone());
                     accepting.push(pingora_runtime::current_handle().spawn(task));
                 }
                 Some(_) = accepting.next(), if !accepting.is_empty() => {}

@@ -1,4 +1,4 @@
-//! Metrics of the workers' event loops, and of the lanes in which exchanges wait for their turn.
+//! Metrics of the workers' event loops, and of the schedulers from which exchanges get grants.
 
 use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
 
@@ -20,16 +20,16 @@ vectors! {
     }
 }
 
-/// The classes of exchanges that take turns.
-pub const LANE_CLASSES: [&str; 3] = ["newcomer", "pass", "spool"];
+/// The classes of grants.
+pub const SCHEDULER_CLASSES: [&str; 3] = ["newcomer", "pass", "spool"];
 
-/// The metrics of one worker's lane.
-pub struct LaneMetrics {
-    /// Waiting exchanges, in the order of `LANE_CLASSES`.
+/// The metrics of one worker's scheduler.
+pub struct SchedulerMetrics {
+    /// Waiting exchanges, in the order of `SCHEDULER_CLASSES`.
     pub waiting: [IntGauge; 3],
     /// The share of its time that the worker may spend on them, from 0 to 1.
     pub share: [Gauge; 3],
-    /// Turns that were given because the longest wait was over.
+    /// Grants that were given because the longest wait was over.
     pub overdue: [IntCounter; 3],
     /// Bytes that were spooled.
     pub bytes: IntCounter,
@@ -54,12 +54,12 @@ impl LoopMetrics {
 }
 
 impl Families {
-    pub(super) fn lane(&self, worker: usize) -> LaneMetrics {
+    pub(super) fn scheduler(&self, worker: usize) -> SchedulerMetrics {
         let worker = worker.to_string();
-        LaneMetrics {
-            waiting: LANE_CLASSES.map(|class| self.lane_waiting.with_label_values(&[&worker, class])),
-            share: LANE_CLASSES.map(|class| self.lane_share.with_label_values(&[&worker, class])),
-            overdue: LANE_CLASSES.map(|class| self.lane_overdue.with_label_values(&[&worker, class])),
+        SchedulerMetrics {
+            waiting: SCHEDULER_CLASSES.map(|class| self.lane_waiting.with_label_values(&[&worker, class])),
+            share: SCHEDULER_CLASSES.map(|class| self.lane_share.with_label_values(&[&worker, class])),
+            overdue: SCHEDULER_CLASSES.map(|class| self.lane_overdue.with_label_values(&[&worker, class])),
             bytes: self.lane_bytes.with_label_values(&[&worker]),
         }
     }

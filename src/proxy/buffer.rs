@@ -16,7 +16,6 @@ use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
 use super::routes::Route;
 use crate::client::intake::{IntakeTerms, Unread};
-use crate::client::lane::Lanes;
 use crate::client::session::{BufferedSession, Terms};
 use crate::client::stream::Bypass;
 use crate::client::wire::Leave;
@@ -26,6 +25,7 @@ use crate::framing::{self, LengthFields};
 use crate::metrics::mirror::Fate;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::scheduler::Schedulers;
 use crate::slow_client::pace::Pace;
 use crate::spool::Depot;
 use crate::upstream::Upstream;
@@ -52,7 +52,7 @@ pub async fn request(
     route: &Route,
     upstream: &Upstream,
     depot: &Arc<Depot>,
-    lanes: &Arc<Lanes>,
+    schedulers: &Arc<Schedulers>,
 ) -> Result<()> {
     let announced = if client.is_custom() && client.is_body_empty() { None } else { announced(client.req_header()) };
     let grpc = exchange.is_treated_as_grpc();
@@ -85,7 +85,7 @@ pub async fn request(
         custom: !upstream.is_http1(),
         tap: BodyFilters::of(exchange),
         depot: depot.clone(),
-        lanes: lanes.clone(),
+        schedulers: schedulers.clone(),
     };
     let (link, mut session) = BufferedSession::take(client, terms, exchange.progress.clock.since());
     exchange.link = Some(link);

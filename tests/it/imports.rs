@@ -25,6 +25,7 @@ const LEVELS: [&[&str]; 8] = [
         "slow_client",
         "spans",
         "spool",
+        "scheduler",
     ],
     &["acme", "admin", "proxy"],
     &["gateway"],

@@ -23,6 +23,7 @@ const ON_THE_WAY: &[&str] = &[
     "party",
     "phase",
     "proxy",
+    "scheduler",
     "upstream",
 ];
 

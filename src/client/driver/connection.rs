@@ -49,7 +49,7 @@ impl Connection {
     pub async fn open(dialer: &Arc<Dialer>, peer: &HttpPeer) -> Result<Connection> {
         let open = dialer.open(peer.address());
         let opened = match peer.options.total_connection_timeout.or(peer.options.connection_timeout) {
-            // The gate of the exchange watches the client meanwhile.
+            // The control of the exchange watches the client meanwhile.
             Some(time) => within(time, NoClient::Within, open)
                 .await
                 .ok_or_else(|| Error::explain(ErrorType::ConnectTimedout, format!("{time:?} have passed")))??,

@@ -139,7 +139,7 @@ impl<'s> Attempt<'s> {
             let (now, lag) = self.round(alarm.map_or(next, |alarm| alarm.min(next)).max(self.now));
             self.now = now;
             self.waits.note_lag(ms(lag), self.at(now));
-            // The gate runs before the exchange.
+            // The control runs before the exchange.
             if let Some((due, fault)) = self.bounds.due(self.stage, self.whole, &self.waits)
                 && self.look.next(due) <= self.at(now)
                 && self.look.at(due, self.at(now)) == Seen::Over

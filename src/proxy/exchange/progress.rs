@@ -3,11 +3,12 @@
 use std::time::Instant;
 
 use crate::client::connection::Begin;
-use crate::eventloop::{own_time, worker};
+use crate::eventloop::worker;
 use crate::metrics::{Metrics, Seat};
 use crate::phase::journal::steps::Notebook;
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
+use crate::scheduler::task::own_time;
 
 /// The progress of an exchange; see the module.
 pub struct Progress {
