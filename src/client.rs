@@ -105,10 +105,10 @@ use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use crate::scheduler::Schedulers;
-use crate::scheduler::task::{Abandoned, ExchangeTask, NewcomerTask, own_time};
+use crate::scheduler::task::{Abandoned, ExchangeTask, own_time};
 use crate::slow_client::SlowClients;
 use crate::slow_client::waiting::Waiting;
-use connection::{Arriving, Begin, Connection, Counted, Inflight, InflightGuard, Introduced, Listener, StateGauge};
+use connection::{Arriving, Begin, Connection, Counted, Inflight, InflightGuard, Listener, StateGauge};
 use cut::Cut;
 use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
@@ -198,6 +198,11 @@ impl<P> Front<P> {
     pub fn new(driver: Driver<P>, desk: Arc<Desk>) -> Self {
         Front { driver, desk }
     }
+
+    /// The schedulers of the workers.
+    pub fn schedulers(&self) -> &Arc<Schedulers> {
+        &self.desk.schedulers
+    }
 }
 
 impl<P> Front<P>
@@ -270,11 +275,13 @@ where
 }
 
 impl Desk {
-    /// Runs an exchange to its end, or until the grace period of a shutdown has passed.
-    async fn run<F, T>(&self, mut exchange: ExchangeTask<F>) -> Option<T>
+    /// Runs an exchange of a connection to its end, or until the grace period of a shutdown has passed.
+    async fn run<F, T>(&self, exchange: F, connection: &Arc<Connection>) -> Option<T>
     where
         F: Future<Output = Option<T>> + Unpin,
     {
+        // The poll that begins it has completed its header.
+        let mut exchange = self.task(exchange, connection).continues();
         let ended = tokio::select! {
             biased;
             ended = &mut exchange => ended,
@@ -287,6 +294,11 @@ impl Desk {
             exchange.end(|future| self.ending.settler.settle(remains::collect(|| drop(future))));
             None
         })
+    }
+
+    /// The task of an exchange, or of a part that precedes it.
+    fn task<F>(&self, future: F, connection: &Arc<Connection>) -> ExchangeTask<F, Arriving> {
+        ExchangeTask::new(future, Arriving::new(connection), self.schedulers.clone())
     }
 
     /// Logs a connection that was passed through.
@@ -411,9 +423,8 @@ where
     async fn serve(mut self, mut stream: Box<ClientStream>) {
         while self.park(&mut stream).await {
             self.served += 1;
-            let (client, schedulers) = (Arriving::new(&self.connection), self.front.desk.schedulers.clone());
             // Boxed, so that a waiting connection does not hold the memory of an exchange.
-            let exchange = NewcomerTask::new(Box::pin(self.exchange(stream)), client, schedulers).await;
+            let exchange = Box::pin(self.exchange(stream)).await;
             self.connection.settle();
             match exchange {
                 Some(kept) => stream = kept,
@@ -448,7 +459,7 @@ where
         let accept = (self.served == 1).then(|| before.saturating_sub(handshake.unwrap_or_default()));
         let arrival = Arrival { accept, handshake, header_since, header_in: worker::cycle_if_wanted() };
         let inflight = self.front.desk.ending.inflight.enter();
-        let opening = self.read_header(&mut stream, header_since).await;
+        let opening = self.read_first_header(&mut stream, header_since).await;
         self.enter(ConnectionState::Active);
         match opening {
             Ok(Opening::Http1(request)) => self.proxy(stream, request, arrival).await,
@@ -505,6 +516,21 @@ where
         }
     }
 
+    /// Reads a header. That of a new connection takes turns with others.
+    async fn read_first_header(
+        &mut self,
+        stream: &mut ClientStream,
+        since: Instant,
+    ) -> Result<Opening, &'static Refusal> {
+        if self.connection.is_settled() {
+            return self.read_header(stream, since).await;
+        }
+        let (front, connection) = (self.front.clone(), self.connection.clone());
+        let header = std::pin::pin!(self.read_header(stream, since));
+        // It is never cancelled: a stop ends it within.
+        front.desk.task(header, &connection).await.unwrap_or(Ok(Opening::Closed))
+    }
+
     async fn read_header(&mut self, stream: &mut ClientStream, since: Instant) -> Result<Opening, &'static Refusal> {
         self.enter(ConnectionState::Header);
         let _header = self.front.desk.metrics.enter_phase(Phase::Header, since);
@@ -553,8 +579,8 @@ where
             self.connection.end_after_answer();
         }
         let session = sessions::take(Box::new(http1::Session::new(&stream, request)));
-        let exchange = Box::pin(self.front.driver.run(session, &self.shutdown));
-        self.front.desk.run(ExchangeTask::new(Introduced::new(self.begin(arrival), exchange))).await;
+        let exchange = Box::pin(self.front.driver.run(self.begin(arrival), session, &self.shutdown));
+        self.front.desk.run(exchange, &self.connection).await;
         match stream.outcome() {
             Some(true) => Some(stream),
             Some(false) => {
@@ -590,8 +616,8 @@ where
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
         let session = sessions::of_pingora(session);
-        let exchange = Introduced::new(self.begin(arrival), Box::pin(self.front.driver.run(session, &self.shutdown)));
-        let stream = self.front.desk.run(ExchangeTask::new(exchange)).await?;
+        let exchange = Box::pin(self.front.driver.run(self.begin(arrival), session, &self.shutdown));
+        let stream = self.front.desk.run(exchange, &self.connection).await?;
         stream.into_any().downcast::<ClientStream>().ok()
     }
 
@@ -781,7 +807,7 @@ where
         let (accept, control) = (None, Some(stream.control()));
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
         let session = sessions::take(Box::new(stream));
-        desk.run(ExchangeTask::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
+        desk.run(Box::pin(driver.run(begin, session, &ending)), &http2.connection).await;
     }
 
     /// Runs the exchange of a connection that one stream carries.

@@ -47,6 +47,7 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::client::challenges::Challenges;
+use crate::client::connection::Begin;
 use crate::client::driver::course::{Course, Facts, Reason};
 use crate::client::driver::{Driven, handover};
 use crate::error::{Refusal, refusal};
@@ -114,7 +115,7 @@ impl ProxyHttp for Proxy {
         if let Some(exchange) = handover::begun() {
             return exchange;
         }
-        Carried::new(Exchange::begin(&self.metrics))
+        Carried::new(Exchange::begin(None, &self.metrics))
     }
 
     /// Phases `header`, `route` and `buffer`.
@@ -355,6 +356,10 @@ impl ProxyHttp for Proxy {
 }
 
 impl Driven for Proxy {
+    fn begin(&self, begin: Begin) -> Carried {
+        Carried::new(Exchange::begin(Some(begin), &self.metrics))
+    }
+
     fn course(exchange: &Carried) -> Course {
         // Without an upstream there is no endpoint; `select` then reports this to Pingora's driver.
         exchange.routing.course.unwrap_or(Course::Own)

@@ -21,7 +21,7 @@ use super::Front;
 use super::connection::Listener;
 use super::descriptors::Doorway;
 use super::driver::Driven;
-use crate::scheduler::accept::limit_accepts;
+use crate::scheduler::accept::AcceptLimiter;
 
 /// Pause after the system could not provide a connection: the next attempt would fail at once.
 const REST: Duration = Duration::from_millis(100);
@@ -115,6 +115,7 @@ impl Acceptor {
             }
         };
         let mut closed = self.close.subscribe();
+        let mut limiter = AcceptLimiter::new(front.schedulers().clone());
         loop {
             let accepted = tokio::select! {
                 accepted = open.accept() => accepted,
@@ -127,7 +128,7 @@ impl Acceptor {
                         () = doorway.pass() => {}
                         _ = stop.wait_for(|stop| *stop) => {}
                     }
-                    limit_accepts().await;
+                    limiter.count().await;
                     self.hand_over(stream, &front, &stop);
                 }
                 Err(error) => {

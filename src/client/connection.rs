@@ -1,11 +1,8 @@
 //! A client's connection: its listener, its limits, and the facts that outlive one exchange.
 
-use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
@@ -568,7 +565,7 @@ impl Connection {
             accepted,
             accepted_in,
             write_idle_ms: AtomicU64::new(listener.terms.header_timeout.as_millis() as u64),
-            flags: Flags::default(),
+            flags: Flags { settled: AtomicBool::new(carrier.is_some()), ..Flags::default() },
             taken: AtomicU64::new(0),
             tunnel: OnceLock::new(),
             socket: OnceLock::new(),
@@ -853,42 +850,6 @@ pub struct Begin {
     pub header_done: Instant,
     /// The control of the stream, on HTTP/2.
     pub control: Option<Control>,
-}
-
-thread_local! {
-    static BEGIN: RefCell<Option<Begin>> = const { RefCell::new(None) };
-}
-
-/// Passes [`Begin`] to the context that Pingora creates inside `future`: `ProxyHttp::new_ctx` has no argument.
-pub struct Introduced<F> {
-    future: F,
-    begin: Option<Begin>,
-}
-
-impl<F> Introduced<F> {
-    /// Introduces the exchange that `future` runs.
-    pub fn new(begin: Begin, future: F) -> Self {
-        Introduced { future, begin: Some(begin) }
-    }
-}
-
-impl<F: Future + Unpin> Future for Introduced<F> {
-    type Output = F::Output;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        if self.begin.is_none() {
-            return Pin::new(&mut self.future).poll(cx);
-        }
-        BEGIN.set(self.begin.take());
-        let polled = Pin::new(&mut self.future).poll(cx);
-        self.begin = BEGIN.take();
-        polled
-    }
-}
-
-/// Takes the facts about the exchange whose future is being polled. `None` if they were already taken.
-pub fn introduction() -> Option<Begin> {
-    BEGIN.take()
 }
 
 /// The active exchanges, so that a shutdown can wait for the last one.

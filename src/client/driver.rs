@@ -29,12 +29,16 @@ use pingora_proxy::{HttpProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use self::connection::Connection;
 use self::course::Course;
 use self::handover::HandedOver;
+use super::connection::Begin;
 use super::fields;
 use crate::upstream::transport::connector::Endpoints;
 use crate::upstream::transport::dial::Dialer;
 
 /// The interface between the driver and a proxy, in addition to Pingora's hooks.
 pub trait Driven: ProxyHttp {
+    /// Begins an exchange: the counterpart of `new_ctx`, with the facts about its start.
+    fn begin(&self, begin: Begin) -> Self::CTX;
+
     /// The driver for an exchange that passed its request filters.
     fn course(exchange: &Self::CTX) -> Course;
 
@@ -107,11 +111,11 @@ where
 
     /// Runs the exchange of a session. Returns the client's stream if it may be reused. For one of Forebay's own
     /// sessions it returns `None`, since the session keeps its stream.
-    pub async fn run(&self, mut session: Box<Session>, shutdown: &ShutdownWatch) -> Option<Stream> {
+    pub async fn run(&self, begin: Begin, mut session: Box<Session>, shutdown: &ShutdownWatch) -> Option<Stream> {
         if !session.as_downstream().is_custom() && !read_request(session.as_downstream_mut(), shutdown).await {
             return None;
         }
-        let mut exchange = self.proxy.new_ctx();
+        let mut exchange = self.proxy.begin(begin);
         match self.admit(&mut session, &mut exchange).await {
             Ok(true) => {}
             Ok(false) => {

@@ -46,7 +46,7 @@ use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patienc
 use crate::phase::Phase;
 use crate::phase::journal::Passed;
 use crate::scheduler::coop::{OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
-use crate::scheduler::task::{CANCEL_GRACE, ExchangeControl, attach};
+use crate::scheduler::task::{CANCEL_GRACE, ExchangeControl, Work, attach};
 use crate::scheduler::{Class, Schedulers};
 use crate::slow_client::waiting::Who;
 use crate::spool::{Depot, Held};
@@ -111,8 +111,8 @@ pub struct Link {
     body: BodyCounts,
     /// The write timeout of the client's own session, for what it writes itself.
     write_timeout: Option<Duration>,
-    /// The class of the grant in use, as its index in `Class::ALL`; `NO_GRANT` if there is none.
-    grant: AtomicUsize,
+    /// What the exchange does, and whether it has a grant for it, as the index in `WORK`.
+    work: AtomicUsize,
     schedulers: Arc<Schedulers>,
 }
 
@@ -140,7 +140,8 @@ struct Clock {
     look: Look,
 }
 
-const NO_GRANT: usize = usize::MAX;
+/// The kinds of work of an exchange with a session.
+const WORK: [Work; 4] = [Work::Small, Work::Bulk, Work::Granted(Class::Pass), Work::Granted(Class::Spool)];
 
 impl Link {
     /// Moves the exchange to this phase, with its own party to wait for and its own limits.
@@ -405,6 +406,15 @@ impl Link {
         }
     }
 
+    fn works(&self, work: Work) {
+        let index = WORK.iter().position(|&known| known == work).unwrap_or_default();
+        self.work.store(index, Ordering::Relaxed);
+    }
+
+    fn working(&self) -> Work {
+        WORK[self.work.load(Ordering::Relaxed)]
+    }
+
     fn wire(&self) -> MutexGuard<'_, Wire> {
         // One task uses the lock, one part at a time, so it never blocks.
         self.wire.lock().unwrap_or_else(PoisonError::into_inner)
@@ -509,15 +519,16 @@ impl ExchangeControl for Link {
         Poll::Ready(())
     }
 
-    fn polled(&self, time: Duration) {
-        if let Some(&class) = Class::ALL.get(self.grant.load(Ordering::Relaxed)) {
-            self.schedulers.here().charge(class, time);
-            // Pingora processes the part of a response that it reads now in a later poll; the response can be held only
-            // then.
-            if self.holding.load(Ordering::Relaxed) || self.stage() != Stage::Receiving {
-                self.grant.store(NO_GRANT, Ordering::Relaxed);
-            }
+    fn work(&self) -> Work {
+        let work = self.working();
+        // Pingora processes the part of a response that it reads now in a later poll; the response can be held only
+        // then.
+        if matches!(work, Work::Granted(_))
+            && (self.holding.load(Ordering::Relaxed) || self.stage() != Stage::Receiving)
+        {
+            self.works(Work::Bulk);
         }
+        work
     }
 
     fn pending(&self, cx: &mut Context<'_>) {
@@ -622,7 +633,7 @@ impl BufferedSession {
             stands_in: AtomicBool::new(false),
             body: BodyCounts::none(),
             write_timeout,
-            grant: AtomicUsize::new(NO_GRANT),
+            work: AtomicUsize::new(0),
             schedulers,
         });
         attach(link.clone());
@@ -693,7 +704,7 @@ impl BufferedSession {
             intake.name_client(request);
             link.reads.store(filled.is_pending() && intake.is_reading(), Ordering::Relaxed);
             if intake.used_grant() {
-                link.grant.store(Class::Pass as usize, Ordering::Relaxed);
+                link.works(Work::Granted(Class::Pass));
             }
             filled
         })
@@ -780,7 +791,9 @@ impl BufferedSession {
             let more = wire.poll_more(cx);
             wire.name_client(&self.request);
             if let Some(class) = wire.used_grant() {
-                link.grant.store(class as usize, Ordering::Relaxed);
+                link.works(Work::Granted(class));
+            } else if wire.is_bulk() && link.working() == Work::Small {
+                link.works(Work::Bulk);
             }
             let holds = may_hold && more.is_pending();
             link.holding.store(holds, Ordering::Relaxed);

@@ -158,6 +158,11 @@ impl Wire {
         }
     }
 
+    /// Whether the response is bulk.
+    pub fn is_bulk(&self) -> bool {
+        self.outgoing.is_bulk()
+    }
+
     /// Takes the class of the grant that the last poll used.
     pub fn used_grant(&mut self) -> Option<Class> {
         self.grants.used.take()

@@ -320,7 +320,7 @@ impl Explainer {
         let mut request = self.request(question, target, &header)?;
         let peer = SocketAddr::new(question.client, 0);
         let counted = Counted::take(listener).map_err(|why| Unclear::Request(why.reason.to_owned()))?;
-        let mut exchange = Exchange::begin(&self.metrics);
+        let mut exchange = Exchange::begin(None, &self.metrics);
         exchange.client.connection = Some(Connection::new(counted, Some(peer), None));
         if listener.tls.is_some() {
             exchange.request.scheme = "https";

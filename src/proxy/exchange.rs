@@ -23,7 +23,7 @@ use super::deadline::Deadlines;
 use super::mirror::Copy;
 use super::routes::Route;
 use super::watch::Watch;
-use crate::client::connection::introduction;
+use crate::client::connection::Begin;
 use crate::client::remains;
 use crate::client::session::Link;
 use crate::error::{Refusal, refusal};
@@ -139,8 +139,7 @@ impl Drop for Carried {
 
 impl Exchange {
     /// Creates an exchange in phase `route`, with the facts that its connection recorded.
-    pub fn begin(metrics: &Metrics) -> Self {
-        let begin = introduction();
+    pub fn begin(begin: Option<Begin>, metrics: &Metrics) -> Self {
         let progress = Progress::begin(begin.as_ref(), metrics);
         let client = Client::new(begin);
         Exchange {

@@ -5,13 +5,17 @@ use std::time::{Duration, Instant};
 
 use super::Class;
 use super::fair_queue::{FairQueue, Key};
-use super::share::{Allowance, Limits};
+use super::share::{Allowance, LAG_TARGET, Limits};
 
 /// Maximum number of exchanges that pass bytes without grants: rounds are short enough with them.
 pub const FREE_BULK: usize = 24;
 /// The same limit shortly after new connections had to wait: they will soon transfer bulk, too.
 pub const FREE_BULK_IN_ARRIVAL: usize = 4;
 const ARRIVAL: Duration = Duration::from_millis(100);
+
+/// The share of new connections in rounds that are long in any case, because of small exchanges alone. Otherwise their
+/// burst would be a small part of such a round, and they would wait for several hundred milliseconds.
+const BOOST: f64 = 0.75;
 
 const NEWCOMER: Limits = Limits { min: 0.5, max: 1.0, burst: Duration::from_micros(250) };
 const PASS: Limits = Limits { min: 0.1, max: 1.0, burst: Duration::from_micros(500) };
@@ -34,6 +38,25 @@ pub struct Round {
     pub lag: Duration,
     /// Whether the disk threads have a backlog.
     pub disk_is_busy: bool,
+    /// What the worker does besides.
+    pub load: Load,
+}
+
+/// What a worker does besides the exchanges that take turns.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Time since the last look for small exchanges on connections that have been served.
+    pub small: Duration,
+    /// Number of bulk transfers.
+    pub bulk: usize,
+}
+
+impl Load {
+    /// Whether small exchanges alone make rounds long. Few clients then notice that new connections make them longer.
+    /// With bulk transfers, the new connections are probably more of them.
+    pub fn is_of_small_exchanges(&self) -> bool {
+        self.small > LAG_TARGET && self.bulk <= FREE_BULK_IN_ARRIVAL
+    }
 }
 
 /// A grant for an exchange.
@@ -120,7 +143,8 @@ impl<T> Policy<T> {
     /// Ends a round and gives the grants that are due. Returns the time until the next round, or `None` if no exchange
     /// waits.
     pub fn end_round(&mut self, round: Round, mut give: impl FnMut(Granted<T>)) -> Option<Duration> {
-        let Round { now, lag, disk_is_busy } = round;
+        let Round { now, lag, disk_is_busy, load } = round;
+        let boost = load.is_of_small_exchanges().then_some(BOOST);
         let no_disk = self.waits_for_disk(disk_is_busy, now);
         let searches = self.is_search_due(now);
         for class in Class::ALL {
@@ -129,7 +153,8 @@ impl<T> Policy<T> {
                 allowance.count_grant();
                 give(Granted { who, class, overdue: true });
             }
-            for _ in 0..allowance.end_round(lag, now) {
+            let boost = boost.filter(|_| class == Class::Newcomer);
+            for _ in 0..allowance.end_round(lag, boost, now) {
                 let Some(who) = queue.next(no_disk) else { break };
                 allowance.count_grant();
                 give(Granted { who, class, overdue: false });
@@ -177,7 +202,8 @@ mod tests {
     /// Ends a short round and returns who gets a grant, and the pause.
     fn round(policy: &mut Policy<char>, now: Instant, disk_is_busy: bool) -> (String, Option<Duration>) {
         let mut granted = String::new();
-        let round = Round { now, lag: Duration::ZERO, disk_is_busy };
+        let load = Load { small: Duration::ZERO, bulk: 0 };
+        let round = Round { now, lag: Duration::ZERO, disk_is_busy, load };
         let pause = policy.end_round(round, |Granted { who, overdue, .. }| {
             granted.push(if overdue { who.to_ascii_uppercase() } else { who });
         });

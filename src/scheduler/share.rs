@@ -44,16 +44,23 @@ impl Share {
         self.credit = (self.credit - time.as_secs_f64()).max(-Self::DEBT_MAX_SECONDS);
     }
 
-    /// Adds credit for the time since the last call. Returns this time in seconds.
-    fn accrue(&mut self, now: Instant) -> f64 {
+    /// Adds credit for the time since the last call. Returns this time in seconds. With a `boost`, the share is at
+    /// least this, and the class may use it although the round was long.
+    fn accrue(&mut self, now: Instant, boost: Option<f64>) -> f64 {
         let passed = self.since.replace(now).map_or(0.0, |since| (now - since).as_secs_f64());
-        self.credit = (self.credit + self.ratio * passed).min(self.limits.burst.as_secs_f64());
+        let burst = self.limits.burst.as_secs_f64();
+        let (ratio, most) = match boost {
+            // The next round is longer by what the class uses in it.
+            Some(boost) => (self.ratio.max(boost), burst.max(passed * boost / (1.0 - boost))),
+            None => (self.ratio, burst),
+        };
+        self.credit = (self.credit + ratio * passed).min(most);
         passed
     }
 
     /// Ends a round with this `lag`.
-    fn end_round(&mut self, lag: Duration, now: Instant) {
-        let passed = self.accrue(now);
+    fn end_round(&mut self, lag: Duration, boost: Option<f64>, now: Instant) {
+        let passed = self.accrue(now, boost);
         if lag > LAG_TARGET {
             self.ratio = (self.ratio * Self::CUT).max(self.limits.min);
         } else {
@@ -122,7 +129,7 @@ impl Allowance {
 
     /// Whether the class may spend time; used when no exchange waits and no rounds are counted.
     pub fn has_credit(&mut self, now: Instant) -> bool {
-        self.share.accrue(now);
+        self.share.accrue(now, None);
         self.share.credit >= 0.0
     }
 
@@ -137,10 +144,11 @@ impl Allowance {
         self.share.spend(time);
     }
 
-    /// Ends a round with this `lag`. Returns the number of grants in the next round.
-    pub fn end_round(&mut self, lag: Duration, now: Instant) -> u32 {
+    /// Ends a round with this `lag`. Returns the number of grants in the next round. `boost`: the minimum share, below
+    /// 1, that also applies to a long round.
+    pub fn end_round(&mut self, lag: Duration, boost: Option<f64>, now: Instant) -> u32 {
         self.cost.add(std::mem::take(&mut self.grants), std::mem::take(&mut self.time));
-        self.share.end_round(lag, now);
+        self.share.end_round(lag, boost, now);
         self.cost.fit_into(self.share.credit)
     }
 
@@ -161,7 +169,7 @@ mod tests {
         let begin = Instant::now();
         let mut share = Share { ratio: 0.2, ..Share::new(LIMITS) };
         let after = |share: &mut Share, round: u32, lag| {
-            share.end_round(lag, begin + round * Duration::from_millis(1));
+            share.end_round(lag, None, begin + round * Duration::from_millis(1));
             share.ratio
         };
         let first = after(&mut share, 0, Duration::ZERO);
@@ -181,15 +189,29 @@ mod tests {
     fn a_grant_that_took_long_is_followed_by_a_pause() {
         let mut allowance = Allowance::new(LIMITS);
         let now = Instant::now();
-        assert!(allowance.end_round(Duration::ZERO, now) > 0);
+        assert!(allowance.end_round(Duration::ZERO, None, now) > 0);
         allowance.charge(Duration::from_millis(2));
-        assert_eq!(allowance.end_round(Duration::ZERO, now), 0);
+        assert_eq!(allowance.end_round(Duration::ZERO, None, now), 0);
         let pause = allowance.pause();
         assert!((pause.as_secs_f64() - 0.004).abs() < 1e-6, "{pause:?}");
         allowance.charge(Duration::from_secs(10));
-        allowance.end_round(2 * LAG_TARGET, now);
+        allowance.end_round(2 * LAG_TARGET, None, now);
         assert_eq!(allowance.pause(), Duration::from_secs_f64(Share::DEBT_MAX_SECONDS / allowance.ratio()));
-        assert!(allowance.end_round(Duration::ZERO, now + Duration::from_secs(1)) > 0, "debts are paid in the end");
+        assert!(
+            allowance.end_round(Duration::ZERO, None, now + Duration::from_secs(1)) > 0,
+            "debts are paid in the end"
+        );
+    }
+
+    #[test]
+    fn a_boost_gives_a_class_its_share_of_a_long_round() {
+        let (begin, ms) = (Instant::now(), Duration::from_millis);
+        for (boost, credit) in [(None, LIMITS.burst.as_secs_f64()), (Some(0.75), 0.75 * 0.008)] {
+            let mut share = Share { ratio: 0.5, ..Share::new(LIMITS) };
+            share.end_round(ms(8), boost, begin);
+            share.end_round(ms(8), boost, begin + ms(8));
+            assert!((share.credit - credit).abs() < 1e-6, "{boost:?}: {}", share.credit);
+        }
     }
 
     #[test]
