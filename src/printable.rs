@@ -62,10 +62,28 @@ pub fn address(text: &mut Vec<u8>, address: IpAddr) {
 }
 
 /// Writes a number with at least `least` digits.
-pub fn digits(text: &mut Vec<u8>, mut number: u64, least: usize) {
-    if number < 10 && least == 1 {
-        return text.push(b'0' + number as u8);
+#[inline]
+pub fn digits(text: &mut Vec<u8>, number: u64, least: usize) {
+    if number >= 1_000 || least > 3 {
+        return many_digits(text, number, least);
     }
+    let [hundreds, tens, ones] = three_digits(number as u32);
+    if number >= 100 || least == 3 {
+        text.extend_from_slice(&[hundreds, tens, ones]);
+    } else if number >= 10 || least == 2 {
+        text.extend_from_slice(&[tens, ones]);
+    } else {
+        text.push(ones);
+    }
+}
+
+/// The three digits of a number less than 1,000.
+#[inline]
+pub fn three_digits(number: u32) -> [u8; 3] {
+    [number / 100, number / 10 % 10, number % 10].map(|digit| b'0' + digit as u8)
+}
+
+fn many_digits(text: &mut Vec<u8>, mut number: u64, least: usize) {
     // `u64::MAX` has twenty digits.
     let mut written = [b'0'; 20];
     let mut start = written.len();
