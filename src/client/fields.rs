@@ -22,12 +22,12 @@ pub fn map(header: &Bytes, fields: &[httparse::Header<'_>]) -> Option<HeaderMap>
 
 /// A value in which spaces replace the line ends of a folded field (RFC 9112 §5.2).
 pub fn value(header: &Bytes, value: &[u8]) -> Option<HeaderValue> {
-    let is_end = |byte: &u8| matches!(byte, b'\r' | b'\n');
-    let Some(end) = value.iter().position(is_end) else {
-        return HeaderValue::from_maybe_shared(header.slice_ref(value)).ok();
-    };
+    // A line end is invalid in a value, so the common case needs no search for one.
+    if let Ok(value) = HeaderValue::from_maybe_shared(header.slice_ref(value)) {
+        return Some(value);
+    }
     let mut unfolded = value.to_vec();
-    unfolded[end..].iter_mut().filter(|byte| is_end(byte)).for_each(|byte| *byte = b' ');
+    unfolded.iter_mut().filter(|byte| matches!(byte, b'\r' | b'\n')).for_each(|byte| *byte = b' ');
     HeaderValue::from_maybe_shared(Bytes::from(unfolded)).ok()
 }
 
@@ -43,6 +43,10 @@ pub fn write_answer(answer: &ResponseHeader, written: &[u8], out: &mut impl BufM
 
 fn write(fields: &HeaderMap, written: &[u8], out: &mut impl BufMut) {
     for (name, value) in fields {
+        if let Some(line) = line(name, value, written) {
+            out.put_slice(line);
+            continue;
+        }
         match spelling(name, value, written) {
             Some(spelled) => out.put_slice(spelled),
             None => out.put_slice(name.into_case_header_name().as_slice()),
@@ -76,6 +80,37 @@ pub fn spell_out(request: &mut RequestHeader, written: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// The received line of an unchanged field, if it has the form in which it would be written: `Name: value`, CR, LF.
+fn line<'w>(name: &HeaderName, value: &HeaderValue, written: &'w [u8]) -> Option<&'w [u8]> {
+    let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
+    let value_at = value.as_ptr().addr().checked_sub(written.as_ptr().addr())?;
+    let line = written.get(value_at.checked_sub(name.len() + 2)?..value_at + value.len() + 2)?;
+    let (spelled, rest) = line.split_at(name.len());
+    (rest.starts_with(b": ") && rest.ends_with(b"\r\n") && spells(spelled, name)).then_some(line)
+}
+
+/// Whether `spelled` is this name in any letter case. `name` is lower-case and has the same length. Compares eight
+/// bytes at a time.
+fn spells(spelled: &[u8], name: &[u8]) -> bool {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = ONES << 7;
+    let lower = |word: &[u8; 8]| {
+        let word = u64::from_le_bytes(*word);
+        let low = word & !HIGH;
+        // The highest bit of each byte that is at least `A`, and of each that is greater than `Z`.
+        let (from_a, beyond_z) = (low + ONES * (0x80 - b'A' as u64), low + ONES * (0x7f - b'Z' as u64));
+        word | (!word & (from_a ^ beyond_z) & HIGH) >> 2
+    };
+    let same = |(spelled, name): (&[u8; 8], &[u8; 8])| lower(spelled) == u64::from_le_bytes(*name);
+    match (spelled.last_chunk::<8>(), name.last_chunk::<8>()) {
+        // The last eight bytes may overlap the ones before them.
+        (Some(last), Some(end)) => {
+            same((last, end)) && spelled.as_chunks::<8>().0.iter().zip(name.as_chunks::<8>().0).all(same)
+        }
+        _ => spelled.eq_ignore_ascii_case(name),
+    }
+}
+
 /// The received spelling of a field's name. `None`: the field is not from this header, or was changed.
 fn spelling<'w>(name: &HeaderName, value: &HeaderValue, written: &'w [u8]) -> Option<&'w [u8]> {
     let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
@@ -101,8 +136,38 @@ mod tests {
     use super::*;
 
     use httparse::EMPTY_HEADER;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn letter_case_alone_makes_no_other_name(bytes in prop::collection::vec(any::<u8>(), 0..40), odd in any::<u8>()) {
+            let name = bytes.to_ascii_lowercase();
+            prop_assert!(spells(&bytes, &name));
+            for place in 0..bytes.len() {
+                let mut other = bytes.clone();
+                other[place] = odd;
+                prop_assert_eq!(spells(&other, &name), other.eq_ignore_ascii_case(&name));
+            }
+        }
+    }
 
     const HEADER: &str = "HoSt: a\r\nX-Two:1\r\nx-two:   2\r\nX-eMpTy:\r\nDNT: 1\r\n\r\n";
+
+    #[test]
+    fn however_a_line_was_written_it_leaves_in_one_form() {
+        for (came, leaves) in [
+            ("X-One: a\r\n", "X-One: a\r\n"),
+            ("X-One: a \t\r\n", "X-One: a\r\n"),
+            ("X-One:\ta\r\n", "X-One: a\r\n"),
+            ("X-One: a\n", "X-One: a\r\n"),
+            ("X-One: : a\r\n", "X-One: : a\r\n"),
+            ("X-One-And-More: a: b\r\n", "X-One-And-More: a: b\r\n"),
+            ("X-One: a\r\nX-Two: b\r\n", "X-One: a\r\nX-Two: b\r\n"),
+        ] {
+            let header = Bytes::from(format!("{came}\r\n"));
+            assert_eq!(written(&request(read(&header)), &header), leaves, "{came:?}");
+        }
+    }
 
     fn read(header: &Bytes) -> HeaderMap {
         let mut fields = [EMPTY_HEADER; 16];

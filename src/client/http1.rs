@@ -132,7 +132,13 @@ impl Session {
 /// spelling of names. A final header says whether another request may follow.
 pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, written: &[u8]) {
     let is_final = !answer.status.is_informational();
-    if is_final {
+    // One pass costs less than three look-ups.
+    let (mut is_told, mut requires_upgrade) = (false, false);
+    for name in answer.headers.keys().filter(|_| is_final) {
+        is_told |= matches!(*name, header::DATE | header::CONNECTION);
+        requires_upgrade |= *name == header::UPGRADE;
+    }
+    if is_told {
         // Date is the time of sending, and Connection applied to the endpoint's connection.
         answer.remove_header(&header::DATE);
         answer.remove_header(&header::CONNECTION);
@@ -142,7 +148,6 @@ pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, wr
         // The connection closes in any case, since the response announces it.
         connection.end_after_answer();
     }
-    let requires_upgrade = is_final && answer.headers.contains_key(header::UPGRADE);
     connection.gather(|out| {
         out.reserve(512);
         out.put_slice(if answer.version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });

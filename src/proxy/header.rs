@@ -245,7 +245,7 @@ fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'s
 
 /// The name in a `Host`, without its port.
 pub fn without_port(host: &str) -> &str {
-    match host.rfind(':') {
+    match host.bytes().rposition(|byte| byte == b':') {
         Some(colon) if !host.ends_with(']') => &host[..colon],
         _ => host,
     }

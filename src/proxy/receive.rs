@@ -36,8 +36,6 @@ use crate::upstream::transport::tunnel::Tunnel;
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 /// Maximum number of interim responses before a final one.
 const INTERIM_MAX: u32 = 1_000;
-static HOP_BY_HOP: [HeaderName; 4] =
-    [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE, header::UPGRADE];
 
 /// If this response accepts the client's request for another protocol, restores the client's own session, and both
 /// sides exchange raw bytes. Before that, and with any other response, the limits of an exchange apply.
@@ -102,9 +100,11 @@ pub async fn header(
         // The client's `Connection` field names it when the header is written.
         response.append_header(header::UPGRADE, protocol)?;
     }
-    let asked_to_stream = response
-        .remove_header(&X_ACCEL_BUFFERING)
-        .is_some_and(|buffering| buffering.as_bytes().eq_ignore_ascii_case(b"no"));
+    // Comparing names costs less than a look-up, and most responses have no such field.
+    let asked_to_stream = response.headers.keys().any(|name| *name == X_ACCEL_BUFFERING)
+        && response
+            .remove_header(&X_ACCEL_BUFFERING)
+            .is_some_and(|buffering| buffering.as_bytes().eq_ignore_ascii_case(b"no"));
     if let Some(link) = &exchange.link
         && (asked_to_stream || is_event_stream(response))
     {
@@ -346,8 +346,9 @@ fn protocols_required(request: &RequestHeader, response: &ResponseHeader) -> Vec
 
 /// Removes the fields that `Connection` names, and those that concern only the endpoint's connection (RFC 9110 §7.6.1).
 fn strip_hop_by_hop(response: &mut ResponseHeader) {
-    // Most responses have none, and one scan costs less than a look-up of each name.
-    if !response.headers.keys().any(|name| *name == header::CONNECTION || HOP_BY_HOP.contains(name)) {
+    // One scan costs less than a look-up of each name. Most responses have none, and nothing is allocated.
+    let own: Vec<_> = response.headers.keys().filter(|name| is_hop_by_hop(name)).cloned().collect();
+    if own.is_empty() {
         return;
     }
     while let Some(connection) = response.remove_header(&header::CONNECTION) {
@@ -359,8 +360,15 @@ fn strip_hop_by_hop(response: &mut ResponseHeader) {
             }
         }
     }
-    for name in &HOP_BY_HOP {
+    for name in &own {
         response.remove_header(name);
+    }
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    match *name {
+        header::CONNECTION | header::TE | header::UPGRADE => true,
+        _ => matches!(name.as_str(), "keep-alive" | "proxy-connection"),
     }
 }
 

@@ -14,19 +14,19 @@ use crate::client::trailers::last_chunk;
 use crate::framing::{self, Body, LengthFields};
 use crate::upstream::transport::http2::RequestTrailers;
 
-/// Fields that apply to one connection and are not forwarded (RFC 9110 §7.6.1), as in Pingora's driver.
-static HOP_BY_HOP: [HeaderName; 10] = [
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    HeaderName::from_static("http2-settings"),
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::CONNECTION,
-    header::UPGRADE,
-];
+/// Whether a field applies to one connection and is not forwarded (RFC 9110 §7.6.1), as in Pingora's driver.
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    match *name {
+        header::PROXY_AUTHENTICATE
+        | header::PROXY_AUTHORIZATION
+        | header::TE
+        | header::TRAILER
+        | header::TRANSFER_ENCODING
+        | header::CONNECTION
+        | header::UPGRADE => true,
+        _ => matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings"),
+    }
+}
 
 /// Parts of the header that the field map does not hold.
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,9 +45,12 @@ pub struct Written<'w> {
 pub fn towards_endpoint(client: &RequestHeader) -> Result<RequestHeader> {
     let mut request = copy(client);
     request.set_version(Version::HTTP_11);
-    if request.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+    let own = request.headers.keys().filter(|name| is_hop_by_hop(name)).cloned();
+    // If there is none, no Connection field names others, and nothing is allocated.
+    let own: Vec<_> = own.collect();
+    if !own.is_empty() {
         let named: Vec<_> = named_by_connection(&request).collect();
-        for name in named.iter().chain(&HOP_BY_HOP) {
+        for name in named.iter().chain(&own) {
             request.remove_header(name);
         }
     }

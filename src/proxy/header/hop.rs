@@ -18,27 +18,20 @@ use crate::proxy::upgrade;
 /// Maximum number of connection options: each costs a look-up.
 const OPTIONS_MAX: usize = 16;
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
-
-/// Fields that are removed even if `Connection` does not name them.
-static ENDS_HERE: [HeaderName; 6] =
-    [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, HTTP2_SETTINGS, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION];
-
 /// Removes the hop-by-hop fields.
 ///
 /// # Errors
 ///
 /// If `Connection` names a field that concerns more than the connection, an invalid token, or too many options.
 pub fn end(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
-    let known = |name: &HeaderName| ENDS_HERE.contains(name) || *name == TE || *name == UPGRADE;
-    if !request.headers.keys().any(known) {
+    let own: Vec<_> = request.headers.keys().filter(|name| ends_here(name)).cloned().collect();
+    if own.is_empty() {
         return Ok(());
     }
     let named = named(&request.headers)?;
-    let (upgrade, trailers) = (upgrade::wish(request), takes_trailers(&request.headers));
-    for name in ENDS_HERE.iter().chain(&named).chain([&TE, &UPGRADE]) {
+    let upgrade = own.contains(&UPGRADE).then(|| upgrade::wish(request)).flatten();
+    let trailers = own.contains(&TE) && takes_trailers(&request.headers);
+    for name in own.iter().chain(&named) {
         request.remove_header(name);
     }
     // The name and the value were valid before, so this cannot fail.
@@ -49,6 +42,14 @@ pub fn end(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
         let _ = request.insert_header(UPGRADE, protocol);
     }
     Ok(())
+}
+
+/// Whether the field is removed or changed even if `Connection` does not name it.
+fn ends_here(name: &HeaderName) -> bool {
+    match *name {
+        CONNECTION | PROXY_AUTHENTICATE | PROXY_AUTHORIZATION | TE | UPGRADE => true,
+        _ => matches!(name.as_str(), "keep-alive" | "proxy-connection" | "http2-settings"),
+    }
 }
 
 /// The additional fields that `Connection` names. Most requests name none.
