@@ -112,14 +112,15 @@ impl Clock {
         clock
     }
 
-    /// Changes to `phase` at `now`. A no-op if it is the current phase.
-    pub fn enter(&mut self, phase: Phase, now: Instant) {
+    /// Changes to `phase` at `now`; returns the time since the last change. A no-op if it is the current phase.
+    pub fn enter(&mut self, phase: Phase, now: Instant) -> Duration {
         if phase == self.phase {
-            return;
+            return Duration::ZERO;
         }
-        self.settle(now);
+        let passed = self.settle(now);
         self.phase = phase;
         self.mark(phase);
+        passed
     }
 
     /// Adds time that passed before the clock was started, such as `accept` of a first exchange.
@@ -128,10 +129,12 @@ impl Clock {
         self.mark(phase);
     }
 
-    /// Adds the time of the current phase up to `now`.
-    pub fn settle(&mut self, now: Instant) {
-        self.spent[self.phase.index()] += now.saturating_duration_since(self.since);
+    /// Adds the time of the current phase up to `now`, and returns it.
+    pub fn settle(&mut self, now: Instant) -> Duration {
+        let passed = now.saturating_duration_since(self.since);
+        self.spent[self.phase.index()] += passed;
         self.since = self.since.max(now);
+        passed
     }
 
     /// When the exchange entered the current phase, or when the clock was last settled.

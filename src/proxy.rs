@@ -150,15 +150,17 @@ impl ProxyHttp for Proxy {
             return refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE)).await;
         }
         exchange.routing.upstream = Some(upstream.clone());
-        let asked = exchange.asked(session.req_header());
-        (exchange.routing.hash, exchange.routing.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
+        if upstream.has_affinity() {
+            let asked = exchange.asked(session.req_header());
+            (exchange.routing.hash, exchange.routing.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
+        }
         patience_for_writing(session, exchange, route.write_idle);
         exchange.client.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
         exchange.request.upgrade = session.get_header(UPGRADE).filter(|_| session.is_upgrade_req()).cloned();
         let client = &mut session.downstream_session;
         buffer::request(exchange, client, &route, &upstream, &self.depot, &self.schedulers).await?;
         if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
-            exchange.request_is_whole(Instant::now());
+            exchange.request_is_whole(Instant::now);
         }
         exchange.routing.course = Some(self.steering.steer(exchange, &upstream));
         Ok(false)
@@ -336,8 +338,9 @@ impl ProxyHttp for Proxy {
 
     /// The rest of `write`, with the upstream released, and `finish`.
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Carried) {
-        exchange.release(Attempt::outcome, Instant::now());
-        write::drain(exchange, &mut session.downstream_session).await;
+        let now = Instant::now();
+        exchange.release(Attempt::outcome, now);
+        write::drain(exchange, &mut session.downstream_session, now).await;
         self.settler.settle(exchange, session.as_downstream_mut());
         if exchange.client.closes {
             // The exchange does not wait for the client to close its side.

@@ -341,6 +341,11 @@ impl Upstream {
         !self.is_http1()
     }
 
+    /// Whether the choice of an endpoint depends on the request.
+    pub fn has_affinity(&self) -> bool {
+        !self.affinity.keys.is_empty() || self.affinity.sticky.is_some()
+    }
+
     /// The hash of an exchange's key for [`Upstream::select`], or a random number without a key. Computed once per
     /// exchange, so that all attempts use the same.
     pub fn hash(&self, asked: &Asked<'_>) -> u64 {

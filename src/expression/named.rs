@@ -27,6 +27,11 @@ impl FromIterator<(Box<str>, Words)> for Named {
 }
 
 impl Named {
+    /// Whether there are no names.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The texts of this exchange, without empty ones. Allocates nothing if there are no names.
     pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Box<[NamedText<'a>]> {
         let text = |(name, words): &'a (Box<str>, Words)| {

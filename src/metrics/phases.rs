@@ -72,6 +72,15 @@ impl Seat {
             place.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
         }
     }
+
+    /// Enters `phase`, this long after the last one. Cheaper than [`Seat::enter`].
+    pub fn advance(&self, phase: Phase, passed: Duration) {
+        if let Some(place) = &self.place {
+            let passed = passed.as_secs() * 1_000_000 + u64::from(passed.subsec_micros());
+            let micros = (place.word().load(Ordering::Relaxed) >> PHASE_BITS) + passed;
+            place.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
+        }
+    }
 }
 
 impl Drop for Seat {

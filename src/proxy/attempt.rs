@@ -276,6 +276,11 @@ impl Attempt {
         self.sent = true;
     }
 
+    /// Whether the request was sent.
+    pub fn is_sent(&self) -> bool {
+        self.sent
+    }
+
     /// Records the response header.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
         if self.answered.is_none() {

@@ -36,14 +36,14 @@ pub struct Deadlines {
 impl Deadlines {
     /// Records that the request was received completely. Starts the route's deadline of this length, if any. Only the
     /// first call has an effect. `true`: there is a new limit.
-    pub fn begin(&mut self, length: Option<Duration>, now: Instant) -> bool {
+    pub fn begin(&mut self, length: Option<Duration>, now: impl FnOnce() -> Instant) -> bool {
         if std::mem::replace(&mut self.is_whole, true) {
             return false;
         }
         let Some(length) = length else { return false };
         // This replaces the limit that applied while the request was received.
         self.exchange = self.client;
-        self.bound(Deadline { due: now + length, length, is_clients: false });
+        self.bound(Deadline { due: now() + length, length, is_clients: false });
         true
     }
 
@@ -156,12 +156,12 @@ mod tests {
     fn the_time_of_a_route_runs_from_the_end_of_its_request_and_once() {
         let (mut deadlines, now) = (Deadlines::default(), Instant::now());
         assert_eq!(deadlines.left(now), None);
-        assert!(deadlines.begin(Some(seconds(5)), now));
-        assert!(!deadlines.begin(Some(seconds(5)), now + seconds(1)));
+        assert!(deadlines.begin(Some(seconds(5)), || now));
+        assert!(!deadlines.begin(Some(seconds(5)), || now + seconds(1)));
         assert_eq!(deadlines.left(now + seconds(2)), Some(seconds(3)));
         assert_eq!(deadlines.left(now + seconds(9)), Some(Duration::ZERO));
         deadlines.lift();
-        assert_eq!((deadlines.due(), deadlines.begin(Some(seconds(5)), now)), (None, false));
+        assert_eq!((deadlines.due(), deadlines.begin(Some(seconds(5)), || now)), (None, false));
     }
 
     #[test]
@@ -170,11 +170,11 @@ mod tests {
         let says = |text: &str| HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), text.parse().unwrap())]);
         deadlines.begin_grpc(&says("3S"), Some(seconds(5)), now);
         assert_eq!(deadlines.due(), Some(now + seconds(3)));
-        assert!(deadlines.begin(Some(seconds(5)), now + seconds(1)));
+        assert!(deadlines.begin(Some(seconds(5)), || now + seconds(1)));
         assert_eq!(deadlines.due(), Some(now + seconds(3)), "the client's, not six seconds");
         let mut deadlines = Deadlines::default();
         deadlines.begin_grpc(&says("9S"), Some(seconds(5)), now);
-        assert!(deadlines.begin(Some(seconds(5)), now + seconds(1)));
+        assert!(deadlines.begin(Some(seconds(5)), || now + seconds(1)));
         assert_eq!(deadlines.due(), Some(now + seconds(6)), "it runs anew from the end of the request");
     }
 
@@ -185,7 +185,7 @@ mod tests {
             let mut peer = HttpPeer::new("127.0.0.1:1", false, String::new());
             peer.options.total_connection_timeout = own;
             let mut deadlines = Deadlines::default();
-            deadlines.begin(left, now);
+            deadlines.begin(left, || now);
             deadlines.begin_attempt(per_try, &mut peer, now);
             peer.options.total_connection_timeout
         };

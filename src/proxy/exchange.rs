@@ -166,12 +166,17 @@ impl Exchange {
     /// Enters `phase`; returns the time.
     pub fn enter(&mut self, phase: Phase) -> Instant {
         let now = Instant::now();
+        self.enter_at(phase, now);
+        now
+    }
+
+    /// Enters `phase` at the time `now`, which was just read.
+    pub fn enter_at(&mut self, phase: Phase, now: Instant) {
         if phase != self.phase() {
             let link = self.link.as_ref();
             self.progress.enter(phase, now, || link.map(|link| link.passed()).unwrap_or_default());
             link.inspect(|link| link.enter_phase(phase, now));
         }
-        now
     }
 
     /// Sets the place in a trace. If the trace is recorded, the exchange notes its steps from here on. The phase is
@@ -288,7 +293,7 @@ impl Exchange {
 
     /// Records that the request was received completely, which starts the route's deadline. Only the first call has an
     /// effect.
-    pub fn request_is_whole(&mut self, now: Instant) {
+    pub fn request_is_whole(&mut self, now: impl FnOnce() -> Instant) {
         let length = self.routing.route.as_ref().and_then(|route| route.deadline);
         if self.deadlines.begin(length, now) && self.attempts.present.is_some() {
             self.keep_deadlines();

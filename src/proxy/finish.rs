@@ -56,7 +56,7 @@ struct Totals {
 impl Settler {
     /// Settles an exchange that has ended.
     pub fn settle(&self, exchange: &mut Exchange, session: &mut ServerSession) {
-        exchange.enter(Phase::Finish);
+        let now = exchange.enter(Phase::Finish);
         // If the client's session was lost with an abandoned write, the buffered session has the counts.
         let (answered, received, sent) = match &exchange.link {
             Some(link) if link.stands_in() => link.outcome(),
@@ -75,8 +75,7 @@ impl Settler {
             (Some(refusal), _) if answered < 200 && answered != 101 => refusal.status,
             _ => answered,
         };
-        end_filters(exchange, session.req_header_mut(), status);
-        let now = Instant::now();
+        let now = if end_filters(exchange, session.req_header_mut(), status) { Instant::now() } else { now };
         exchange.progress.clock.settle(now);
         let messages = (Some(session.req_header()), session.response_written());
         self.tell(exchange, messages, Totals { status, received, sent }, now);
@@ -112,14 +111,16 @@ impl Settler {
         if let Some(journal) = journal.as_ref().filter(|_| self.recorder.is_recording()) {
             self.recorder.ended(&finished, journal);
         }
-        if let (Some(tracer), Some(notes), Some(journal), Some(asked)) = (&self.tracer, notes, journal, asked()) {
+        if let (Some(tracer), Some(notes), Some(journal)) = (&self.tracer, notes, journal)
+            && let Some(asked) = asked()
+        {
             let attributes = tracer.attributes.of(&asked);
             let text = |(name, text): &NamedText<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
             let attributes = attributes.iter().map(text).collect();
             tracer.tell(Story { attributes, ..story(exchange, (notes, journal), &finished, asked.headers) });
         }
         if let Some(log) = &self.log {
-            let asked = asked();
+            let asked = if log.fields.is_empty() { None } else { asked() };
             log.record(&finished, &asked.as_ref().map(|asked| log.fields.of(asked)).unwrap_or_default());
         }
     }
@@ -165,7 +166,18 @@ fn finished<'e>(
     summary: Summary<'e>,
     at: Instant,
 ) -> Finished<'e> {
-    let field = |name| request.and_then(|request| request.headers.get(name)).map(|value| value.as_bytes());
+    let (mut host, mut id, mut referer, mut user_agent) = (None, None, None, None);
+    // One pass costs less than four look-ups. Of several fields, the first counts.
+    for (name, value) in request.iter().flat_map(|request| &request.headers) {
+        let field = match *name {
+            header::HOST => &mut host,
+            header::REFERER => &mut referer,
+            header::USER_AGENT => &mut user_agent,
+            _ if *name == REQUEST_ID => &mut id,
+            _ => continue,
+        };
+        field.get_or_insert(value.as_bytes());
+    }
     let (routing, tls) = (&exchange.routing, exchange.client.tls());
     let client = Client {
         listener: exchange.client.listener(),
@@ -178,12 +190,12 @@ fn finished<'e>(
     Finished {
         request: Request {
             method: request.map_or("", |request| request.method.as_str()),
-            host: field(header::HOST).unwrap_or_default(),
+            host: host.unwrap_or_default(),
             target: target(exchange, request),
             protocol: request.map_or("", |request| protocol(request.version)),
-            id: field(REQUEST_ID),
-            referer: field(header::REFERER),
-            user_agent: field(header::USER_AGENT),
+            id,
+            referer,
+            user_agent,
         },
         way: Way {
             route: routing.route.as_ref().map_or(UNROUTED, |route| &route.name),
@@ -251,14 +263,17 @@ fn story(
     }
 }
 
-fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
+/// Notifies the filters of the end. `false`: there are none.
+fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) -> bool {
     if let (Some(route), Some(filters)) = (&exchange.routing.route, &exchange.filters.states)
         && route.chain.wants(Stages::END)
         && let Some(mut states) = filters.take()
     {
         let view = View { facts: exchange.facts(&route.name), request };
         route.chain.end(&mut states, view, Outcome { status, refusal: exchange.refusal });
+        return true;
     }
+    false
 }
 
 /// The target before filters, with its canonical path.

@@ -141,9 +141,11 @@ pub fn prepare_trailers(
         None => exchange.client.control.is_some() || client.headers.contains_key(header::TRANSFER_ENCODING),
     };
     // Pingora sends a body without a length in chunks.
-    let in_chunks = request.headers.contains_key(header::TRANSFER_ENCODING)
-        || (has_body && !request.headers.contains_key(header::CONTENT_LENGTH));
-    let may_pass = may_come && (!to_http1 || in_chunks);
+    let in_chunks = || {
+        request.headers.contains_key(header::TRANSFER_ENCODING)
+            || (has_body && !request.headers.contains_key(header::CONTENT_LENGTH))
+    };
+    let may_pass = may_come && (!to_http1 || in_chunks());
     match trailers::announcement(&client.headers, may_pass) {
         Some(names) => request.insert_header(header::TRAILER, names)?,
         None => drop(request.remove_header(&header::TRAILER)),
@@ -228,19 +230,24 @@ pub async fn piece(
     Ok(())
 }
 
-/// Records that the request was sent, as far as this is visible.
+/// Records that the request was sent, as far as this is visible. A second call for an attempt has no effect.
 pub fn ended(exchange: &mut Exchange) {
-    if exchange.phase() == Phase::Send {
+    if exchange.phase() != Phase::Send && exchange.attempts.present.as_ref().is_some_and(Attempt::is_sent) {
+        return;
+    }
+    let now = if exchange.phase() == Phase::Send {
         let now = exchange.enter(Phase::Wait);
         if let Some(attempt) = &mut exchange.attempts.present {
             attempt.sent(now);
         }
-    }
+        now
+    } else {
+        Instant::now()
+    };
     if let Some(link) = &exchange.link {
-        let now = Instant::now();
         link.request_sent(now);
         // A streamed request is complete now.
-        exchange.request_is_whole(now);
+        exchange.request_is_whole(|| now);
     }
     if let Some(copy) = exchange.copy.take() {
         copy.send(exchange.client.parties());

@@ -156,12 +156,11 @@ fn set_length(response: &mut ResponseHeader, body: &Bytes) -> Result<()> {
 
 /// Waits until the client has accepted the rest of the response. The endpoint is already released; the duration is the
 /// time that buffering saved it.
-pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
+pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>, released: Instant) {
     let Some(link) = exchange.link.clone().filter(|link| link.stands_in() && exchange.refusal.is_none()) else {
         return;
     };
-    exchange.enter(Phase::Write);
-    let released = Instant::now();
+    exchange.enter_at(Phase::Write, released);
     let drained = link.drain().await;
     if exchange.attempts.busy.held.is_some() {
         exchange.attempts.busy.saved = released.elapsed();

@@ -27,8 +27,13 @@ pub struct Progress {
 impl Progress {
     /// Begins in phase `route`, with the connection's record of earlier phases.
     pub fn begin(begin: Option<&Begin>, metrics: &Metrics) -> Progress {
-        let now = Instant::now();
-        let begun = begin.map_or(now, |begin| begin.header_since);
+        let (begun, routed) = match begin {
+            Some(begin) => (begin.header_since, begin.header_done),
+            None => {
+                let now = Instant::now();
+                (now, now)
+            }
+        };
         let mut clock = Clock::start(Phase::Header, begun);
         if let Some(accept) = begin.and_then(|begin| begin.accept) {
             clock.credit(Phase::Accept, accept);
@@ -36,7 +41,6 @@ impl Progress {
         if let Some(handshake) = begin.and_then(|begin| begin.handshake) {
             clock.credit(Phase::Handshake, handshake);
         }
-        let routed = begin.map_or(now, |begin| begin.header_done);
         clock.enter(Phase::Route, routed);
         worker::enter(Phase::Route);
         let seat = metrics.enter_phase(Phase::Route, routed);
@@ -51,8 +55,8 @@ impl Progress {
 
     /// Enters another phase. If there is a journal, `passed` provides the body bytes transferred so far.
     pub(super) fn enter(&mut self, phase: Phase, now: Instant, passed: impl FnOnce() -> Passed) {
-        self.clock.enter(phase, now);
-        self.seat.enter(phase, now);
+        let passed_in_last = self.clock.enter(phase, now);
+        self.seat.advance(phase, passed_in_last);
         worker::enter(phase);
         if let Some(journal) = &mut self.journal {
             journal.enter(phase, note(now, passed()));
