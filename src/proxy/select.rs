@@ -11,6 +11,7 @@ use pingora::upstreams::peer::HttpPeer;
 use super::blame;
 use super::exchange::Exchange;
 use super::queue;
+use crate::client::driver::course::Course;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
 use crate::party::wait::{NoClient, Wait};
@@ -72,7 +73,10 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     if exchange.attempts.takes_fresh_connection() {
         connector::separate(&mut peer);
     }
-    connector::mark(&mut peer, http1);
+    if exchange.routing.course != Some(Course::Own) {
+        // Only Pingora's driver connects by the marks.
+        connector::mark(&mut peer, http1);
+    }
     Ok(peer)
 }
 

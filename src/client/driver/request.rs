@@ -97,7 +97,10 @@ pub fn frame(request: &mut RequestHeader, has_body: bool) -> Result<Body> {
 /// A request that is being sent.
 #[derive(Debug)]
 pub struct Outgoing {
-    /// The bytes to send, in order.
+    /// The header, and how much of it was sent. It becomes no `Bytes`, since most requests have nothing else.
+    header: Vec<u8>,
+    header_sent: usize,
+    /// The bytes to send after it, in order.
     pieces: VecDeque<Bytes>,
     /// Number of bytes to send.
     queued: usize,
@@ -127,7 +130,7 @@ impl Outgoing {
         bytes.extend_from_slice(b"\r\n");
         let trailers = request.extensions.get::<RequestTrailers>().cloned();
         let queued = bytes.len();
-        Ok(Outgoing { pieces: VecDeque::from([bytes.into()]), queued, body, ended: false, trailers })
+        Ok(Outgoing { header: bytes, header_sent: 0, pieces: VecDeque::new(), queued, body, ended: false, trailers })
     }
 
     /// Queues a piece of the body; `end` with the last one.
@@ -168,8 +171,9 @@ impl Outgoing {
     }
 
     /// The bytes to send, in order.
-    pub fn pieces(&self) -> impl Iterator<Item = &Bytes> {
-        self.pieces.iter()
+    pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        let header = &self.header[self.header_sent..];
+        Some(header).filter(|left| !left.is_empty()).into_iter().chain(self.pieces.iter().map(|piece| &piece[..]))
     }
 
     /// Number of bytes to send.
@@ -179,17 +183,24 @@ impl Outgoing {
 
     /// Whether no bytes are queued.
     pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty()
+        self.queued == 0
     }
 
     /// Whether the complete request was sent.
     pub fn is_sent(&self) -> bool {
-        self.ended && self.pieces.is_empty()
+        self.ended && self.is_empty()
     }
 
     /// Removes the first `sent` bytes.
     pub fn advance(&mut self, mut sent: usize) {
         self.queued -= sent;
+        let of_header = sent.min(self.header.len() - self.header_sent);
+        sent -= of_header;
+        self.header_sent += of_header;
+        if self.header_sent == self.header.len() {
+            // An exchange that waits for a response holds no buffer.
+            (self.header, self.header_sent) = (Vec::new(), 0);
+        }
         while let Some(piece) = self.pieces.front_mut() {
             if sent < piece.len() {
                 return piece.advance(sent);
@@ -201,6 +212,7 @@ impl Outgoing {
 
     /// Discards the queue, since the endpoint accepts no more bytes.
     pub fn give_up(&mut self) {
+        (self.header, self.header_sent) = (Vec::new(), 0);
         self.pieces.clear();
         self.queued = 0;
     }
@@ -223,7 +235,7 @@ mod tests {
     }
 
     fn bytes(outgoing: &Outgoing) -> String {
-        let bytes: Vec<u8> = outgoing.pieces().flat_map(|piece| piece.to_vec()).collect();
+        let bytes: Vec<u8> = outgoing.pieces().flat_map(<[u8]>::to_vec).collect();
         String::from_utf8(bytes).expect("text")
     }
 
