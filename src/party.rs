@@ -5,6 +5,7 @@
 //! library's error alone would not be enough: it names the socket that failed, but not the party that caused the delay.
 
 pub mod limits;
+pub mod pauses;
 pub mod wait;
 pub mod waits;
 

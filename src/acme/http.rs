@@ -131,9 +131,7 @@ impl Inner {
     fn peer(&self, address: SocketAddr, host: &str) -> HttpPeer {
         let mut peer = HttpPeer::new(address, true, String::new());
         self.tls.set_up(&mut peer, Some(host));
-        peer.options.total_connection_timeout = Some(self.timeout);
-        peer.options.read_timeout = Some(self.timeout);
-        peer.options.write_timeout = Some(self.timeout);
+        // `request` limits the time of the whole request.
         peer
     }
 

@@ -469,12 +469,14 @@ impl Intake {
         let since = waiting.since;
         let whole = *self.client.since.get_or_insert(since);
         let dues = [
-            (Some(since + self.terms.idle), What::Silent),
-            (Some(whole + self.terms.total), What::Late),
-            (self.terms.pace.patience(0).map(|patience| since + patience), What::Slow),
+            (since, Some(self.terms.idle), What::Silent),
+            (whole, Some(self.terms.total), What::Late),
+            (since, self.terms.pace.patience(0), What::Slow),
         ];
-        let first = dues.into_iter().filter_map(|(due, what)| Some((due?, what))).min_by_key(|(due, _)| *due);
-        let Some((due, what)) = first else { return Poll::Pending };
-        self.timer.poll(cx, due).map(|()| client(phase, what))
+        let limits = dues.into_iter().filter_map(|(since, limit, what)| Some((since, limit?, what)));
+        let Some((since, limit, what)) = limits.min_by_key(|&(since, limit, _)| since + limit) else {
+            return Poll::Pending;
+        };
+        self.timer.poll_limit(cx, since, limit).map(|()| client(phase, what))
     }
 }

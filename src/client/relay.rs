@@ -20,7 +20,6 @@ use pingora::connectors::L4Connect;
 use pingora::protocols::l4::stream::Stream as Socket;
 use pingora::upstreams::peer::Peer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Sleep;
 
 use super::broken::{Leaving, Look};
 use super::connection::Connection;
@@ -30,7 +29,7 @@ use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
 use crate::party::limits::DELAY_MAX;
-use crate::party::wait::{self, Eye, Wait};
+use crate::party::wait::{self, Eye, Timer, Wait};
 use crate::upstream::transport::dial::EXHAUSTED;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::window::Window;
@@ -364,7 +363,9 @@ struct Passage<C, E> {
     up: Way,
     down: Way,
     idle: Duration,
-    timer: Pin<Box<Sleep>>,
+    /// When a byte last passed, and the timer of `idle`.
+    moved: Instant,
+    timer: Timer,
     /// The client's socket, and the check that detects a broken connection while it is not read.
     socket: Option<RawFd>,
     look: Look,
@@ -376,9 +377,9 @@ where
     E: AsyncRead + AsyncWrite + Unpin,
 {
     fn new(client: C, endpoint: E, idle: Duration) -> Self {
-        let timer = Box::pin(tokio::time::sleep(idle));
+        let (moved, timer) = (tokio::time::Instant::now().into_std(), Timer::default());
         let (socket, look) = (None, Look::default());
-        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, timer, socket, look }
+        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, moved, timer, socket, look }
     }
 
     /// Watches the client's socket while the endpoint accepts no bytes, or the client has ended its side.
@@ -414,12 +415,9 @@ where
             return Poll::Ready(Err(&refusal::RECEIVE_ABORTED));
         }
         if moved {
-            self.timer.as_mut().reset(tokio::time::Instant::now() + self.idle);
+            self.moved = tokio::time::Instant::now().into_std();
         }
-        match self.timer.as_mut().poll(cx) {
-            Poll::Ready(()) => Poll::Ready(Err(&refusal::RECEIVE_TIMEOUT)),
-            Poll::Pending => Poll::Pending,
-        }
+        self.timer.poll_limit(cx, self.moved, self.idle).map(|()| Err(&refusal::RECEIVE_TIMEOUT))
     }
 }
 

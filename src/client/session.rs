@@ -41,6 +41,7 @@ use super::stream::Bypass;
 use super::wire::{Manner, Past, Wire};
 use crate::eventloop::worker;
 use crate::party::limits::Seen;
+use crate::party::pauses::paused_elsewhere;
 use crate::party::wait::Timer;
 use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
@@ -455,6 +456,12 @@ impl Link {
         let clock = &mut *self.clock();
         let Some((due, fault)) = self.due(clock).filter(|&(due, _)| clock.look.next(due) <= now) else { return };
         if clock.look.at(due, now) != Seen::Over || self.given_up().is_some() {
+            return;
+        }
+        if let Some(driver) = wire.endpoint.driver()
+            && self.waits.note_other(now, |since| paused_elsewhere(since, now, driver))
+        {
+            // The limit is due later now.
             return;
         }
         self.fail(fault, ErrorType::ReadTimedout);

@@ -10,6 +10,7 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
@@ -20,7 +21,6 @@ use pingora::protocols::{
     UniqueID, UniqueIDType,
 };
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::time::Sleep;
 
 use super::broken::{Leaving, Look, unread_before_end};
 use super::connection::Connection;
@@ -31,6 +31,7 @@ use crate::framing::Body;
 use crate::framing::chunked::Chunks;
 use crate::net;
 use crate::party::What;
+use crate::party::wait::Timer;
 use crate::phase::Phase;
 use crate::upstream::transport::tunnel::Way;
 
@@ -134,8 +135,8 @@ struct Core {
     rest: Rest,
     /// Maximum read size for a body; it grows after each full read.
     gulp: usize,
-    /// Timer that runs while the client accepts no bytes.
-    stalled: Option<Pin<Box<Sleep>>>,
+    /// Since when the client accepts no bytes, and the timer of its limit.
+    stalled: Option<(Instant, Timer)>,
     /// Timer that runs from the end of writing to the close.
     farewell: Option<Farewell>,
     /// Number of bytes that may still be discarded.
@@ -612,8 +613,9 @@ impl Core {
             self.stalled = None;
         }
         let patience = self.connection.write_idle();
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
-        ready!(stalled.as_mut().poll(cx));
+        let since = || (tokio::time::Instant::now().into_std(), Timer::default());
+        let (since, timer) = self.stalled.get_or_insert_with(since);
+        ready!(timer.poll_limit(cx, *since, patience));
         self.connection.set_fault(Phase::Write, What::Silent);
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client accepts no bytes")))
     }

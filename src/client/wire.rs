@@ -705,7 +705,7 @@ impl Wire {
         let still = self.client.control.is_some().then_some((self.manner.write_idle, What::Silent));
         let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
         let Some((patience, what)) = first else { return Poll::Pending };
-        self.delays.timer.poll(cx, since + patience).map(|()| Fault::new(Party::Client, phase, what))
+        self.delays.timer.poll_limit(cx, since, patience).map(|()| Fault::new(Party::Client, phase, what))
     }
 
     /// Ends writing because of this fault.

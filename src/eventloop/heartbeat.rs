@@ -2,8 +2,9 @@
 //!
 //! Each worker runs a task that only answers probes. The time to answer is the lag: how late a ready task ran. The
 //! probing thread uses no runtime, so it continues when all workers are blocked. If the whole process was suspended,
-//! no worker counts as stalled, but the delay of the next round is part of the lag of each. Tokio's timers are too
-//! coarse for this: they count whole milliseconds and are late by one or two.
+//! no worker counts as stalled, but the delay of the next round is part of the lag of each. [`Pauses`] records when a
+//! worker or the process did not run, for the limits of other parties. Tokio's timers are too coarse for this: they
+//! count whole milliseconds and are late by one or two.
 //!
 //! A worker is late because of its own work, or because it waits for a core. The CPU time that it used before the
 //! answer tells them apart ([`Busy`]).
@@ -22,8 +23,9 @@ use futures::task::AtomicWaker;
 
 use super::cpu::CpuClock;
 use super::stall::{Look, News, Watch};
-use super::worker::{STALL_LEAST, Worker, here, nanos};
+use super::worker::{Worker, here, nanos};
 use crate::metrics::LoopMetrics;
+use crate::party::pauses::{PAUSE_LEAST, Pauses};
 
 /// A probe and its answer. Times are nanoseconds since the epoch.
 pub(super) struct Pulse {
@@ -105,15 +107,16 @@ impl Pulse {
             return Answer::Awaited(Duration::from_nanos(nanos(now).saturating_sub(asked)));
         }
         let lag = Duration::from_nanos(self.at.load(Ordering::Relaxed).saturating_sub(asked));
-        Answer::Came { lag, by: self.by.load(Ordering::Relaxed), first: asked == 0 }
+        let at = self.epoch + Duration::from_nanos(self.at.load(Ordering::Relaxed));
+        Answer::Came { lag, at, by: self.by.load(Ordering::Relaxed), first: asked == 0 }
     }
 }
 
 enum Answer {
     /// No answer yet, for this time.
     Awaited(Duration),
-    /// Answered after `lag` by the worker of this number. `first`: the first answer, with no probe before.
-    Came { lag: Duration, by: usize, first: bool },
+    /// Answered after `lag`, at `at`, by the worker of this number. `first`: the first answer, with no probe before.
+    Came { lag: Duration, at: Instant, by: usize, first: bool },
 }
 
 /// The probing thread.
@@ -135,6 +138,7 @@ pub(super) struct Pacemaker {
 impl Drop for Pacemaker {
     fn drop(&mut self) {
         self.workers.iter().for_each(|worker| worker.expect_round(None));
+        Pauses::of_process().expect_round(None);
     }
 }
 
@@ -158,8 +162,9 @@ impl Pacemaker {
                 Answer::Awaited(time) => {
                     late[place] = time;
                     self.lags(place, time);
+                    self.paused(place, instant - time, instant);
                 }
-                Answer::Came { lag, by, first } => {
+                Answer::Came { lag, at, by, first } => {
                     if !first {
                         self.metrics.lag[by.min(self.metrics.lag.len() - 1)].observe(lag.as_secs_f64());
                     }
@@ -169,6 +174,7 @@ impl Pacemaker {
                         }
                         self.watches[place].came(lag);
                         self.lags[place] = self.lags(place, lag);
+                        self.paused(place, at - lag, at);
                     }
                     pulse.ask(now);
                 }
@@ -185,25 +191,37 @@ impl Pacemaker {
 
     /// Adds the delay of this round to the lag of each worker: for this time the process was suspended or had no CPU.
     fn count_delay(&mut self, now: Instant) {
-        let delay = now.saturating_duration_since(self.due);
-        self.due = now + self.period;
+        let was_due = std::mem::replace(&mut self.due, now + self.period);
+        let delay = Some(now.saturating_duration_since(was_due)).filter(|&delay| delay >= PAUSE_LEAST);
         for (lag, worker) in self.lags.iter_mut().zip(&self.workers) {
-            if delay >= STALL_LEAST {
+            if let Some(delay) = delay {
                 *lag += delay;
                 worker.set_lag(*lag);
+                worker.pauses.add(was_due, now);
             }
             worker.expect_round(Some(self.due));
         }
+        if delay.is_some() {
+            Pauses::of_process().add(was_due, now);
+        }
+        Pauses::of_process().expect_round(Some(self.due));
     }
 
     /// Publishes the total lag of a worker, including the current stall.
     fn lags(&self, place: usize, present: Duration) -> Duration {
-        let present = if present < STALL_LEAST { Duration::ZERO } else { present };
+        let present = if present < PAUSE_LEAST { Duration::ZERO } else { present };
         let lag = self.lags[place] + present;
         if !self.shared && !present.is_zero() {
             self.workers[place].set_lag(lag);
         }
         lag
+    }
+
+    /// Records a pause of a worker; it may not be over yet.
+    fn paused(&self, place: usize, begin: Instant, end: Instant) {
+        if !self.shared && end.saturating_duration_since(begin) >= PAUSE_LEAST {
+            self.workers[place].pauses.add(begin, end);
+        }
     }
 
     /// The state of each worker; if they share tasks, also one state for all of them together.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, Id, RuntimeFlavor};
 
 use crate::metrics::LOOP;
+use crate::party::pauses::Pauses;
 use crate::phase::Phase;
 use crate::phase::journal::{self, Cycle};
 
@@ -120,18 +121,15 @@ pub struct Worker {
     since: AtomicU64,
     /// Total lag of its loop in nanoseconds, as far as the heartbeat has seen it.
     lag: AtomicU64,
-    /// When the next round of the heartbeat is due, in nanoseconds since the epoch.
-    round: AtomicU64,
+    /// When it did not run.
+    pub(super) pauses: Pauses,
 }
-
-/// A worker or a heartbeat with less lag than this is busy, not stalled.
-pub(super) const STALL_LEAST: Duration = Duration::from_millis(20);
 
 impl Worker {
     pub(super) fn new(index: usize, place: usize, epoch: Instant) -> Self {
         let zero = || AtomicU64::new(0);
-        let (doing, since, lag, round) = (zero(), zero(), zero(), AtomicU64::new(u64::MAX));
-        Worker { index, place, epoch, doing, since, lag, round }
+        let (doing, since, lag, pauses) = (zero(), zero(), zero(), Pauses::new(epoch));
+        Worker { index, place, epoch, doing, since, lag, pauses }
     }
 
     /// A poll begins. Returns the previous word, which is zero unless futures are nested.
@@ -164,17 +162,14 @@ impl Worker {
     /// Sets when the next round of the heartbeat is due; `None`: there is none. Call it after
     /// [`Worker::set_lag`], which counts the delay of this round.
     pub(super) fn expect_round(&self, due: Option<Instant>) {
-        let due = due.map_or(u64::MAX, |due| nanos(due.saturating_duration_since(self.epoch)));
-        self.round.store(due, Ordering::Release);
+        self.pauses.expect_round(due);
     }
 
     /// The total lag by `now`. If the heartbeat itself is overdue, the process was suspended or has no CPU, and what
     /// the heartbeat has not counted yet is part of it.
     fn lag(&self, now: Instant) -> Duration {
-        let due = self.round.load(Ordering::Acquire);
-        let overdue = nanos(now.saturating_duration_since(self.epoch)).saturating_sub(due);
-        let counted = Duration::from_nanos(self.lag.load(Ordering::Relaxed));
-        counted + Some(Duration::from_nanos(overdue)).filter(|&overdue| overdue >= STALL_LEAST).unwrap_or_default()
+        let overdue = self.pauses.overdue(now);
+        Duration::from_nanos(self.lag.load(Ordering::Relaxed)) + overdue
     }
 
     fn word(&self) -> Word {
@@ -239,6 +234,9 @@ fn join() -> Option<&'static Worker> {
     };
     let worker = crew.workers.get(place).copied();
     HERE.set(worker);
+    if let Some(worker) = worker {
+        worker.pauses.are_of_this_thread();
+    }
     worker
 }
 

@@ -92,7 +92,7 @@ impl Bounds {
         let silence = self.silence(stage, whole, waits);
         let connected = matches!(stage, Stage::Sending | Stage::Waiting | Stage::Receiving);
         let deadline = self.deadline.filter(|_| connected);
-        let overdue = deadline.map(|deadline| (deadline.due, deadline.fault(stage.phase(), waits)));
+        let overdue = deadline.map(|deadline| (deadline.due_after(waits), deadline.fault(stage.phase(), waits)));
         silence.into_iter().chain(overdue).min_by_key(|(due, _)| *due)
     }
 
@@ -113,9 +113,16 @@ impl Bounds {
 }
 
 impl Deadline {
+    /// When it passes after these waits. It does not run while the gateway itself does not, unless it is the client's,
+    /// whose own clock runs on.
+    fn due_after(&self, waits: &Waits) -> Instant {
+        if self.is_clients { self.due } else { self.due + waits.lost() }
+    }
+
     /// The fault if the deadline passes in the present wait, which belongs to `phase`.
     pub fn fault(&self, phase: Phase, waits: &Waits) -> Fault {
-        let of_endpoint = waits.spent(Party::Endpoint, self.due) >= self.length.mul_f64(OF_DEADLINE);
+        let spent = waits.spent(Party::Endpoint, self.due_after(waits));
+        let of_endpoint = spent >= self.length.mul_f64(OF_DEADLINE);
         let party = match waits.party() {
             _ if self.is_clients => Party::Client,
             _ if of_endpoint => Party::Endpoint,
@@ -242,6 +249,11 @@ mod tests {
         }
         let bounds = Bounds { attempt: Some(ms(250)), ..BOUNDS };
         assert_eq!(due(&bounds, Stage::Waiting, true, &waits, began).map(|(due, _)| due), Some(5_250));
+        for (is_clients, expected) in [(false, 5_200), (true, 200)] {
+            let deadline = Some(Deadline { due: began + ms(200), length: ms(200), is_clients });
+            let due = due(&Bounds { deadline, ..BOUNDS }, Stage::Waiting, true, &waits, began).map(|(due, _)| due);
+            assert_eq!(due, Some(expected), "{is_clients}");
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The common way to wait: for an event, until a deadline, and only while the client is connected.
 //!
-//! A [`Wait`] requires a deadline and an [`Eye`] on the client. A wait without a client, such as that of a health
+//! A [`Wait`] requires a time limit and an [`Eye`] on the client. A wait without a client, such as that of a health
 //! check, gives the reason as a [`NoClient`]. Which of the three comes first is one pure decision ([`Ended::of`]); the
-//! rest is a timer. A test (`tests/it/waits.rs`) looks for waits in the source that do not use this module.
+//! rest is a timer. The limit does not run while the gateway itself does not ([`pauses`]). A test (`tests/it/waits.rs`)
+//! looks for waits in the source that do not use this module.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::{Handle, Id};
 use tokio::time::Sleep;
+
+use super::pauses::{self, Grant, Pauses};
 
 /// An upper bound for waits without a limit in the configuration.
 pub const FAR: Duration = Duration::from_secs(24 * 3600);
@@ -97,30 +100,26 @@ impl<T> Ended<T> {
     }
 }
 
-/// The deadline of a wait.
-#[derive(Clone, Copy)]
-enum Due {
-    At(Instant),
-    /// This time after the first poll that is pending; most waits are ready at once and need no clock.
-    After(Duration),
-}
-
 /// A wait; see the module.
 pub struct Wait<E> {
-    due: Due,
+    limit: Duration,
+    /// The first poll that was pending; most waits are ready at once and need no clock.
+    since: Option<Instant>,
     eye: E,
     timer: Timer,
+    /// The pauses of another worker that this wait depends on.
+    other: Option<&'static Pauses>,
 }
 
 impl<E: Eye> Wait<E> {
-    /// Waits until `due` at most, and as long as `eye` sees the client.
-    pub fn until(due: Instant, eye: E) -> Self {
-        Wait { due: Due::At(due), eye, timer: Timer::default() }
+    /// Waits for `time` at most, measured from the first pending poll, and as long as `eye` sees the client.
+    pub fn at_most(time: Duration, eye: E) -> Self {
+        Wait { limit: time.min(FAR), since: None, eye, timer: Timer::default(), other: None }
     }
 
-    /// Waits for `time` at most, measured from the first pending poll.
-    pub fn at_most(time: Duration, eye: E) -> Self {
-        Wait { due: Due::After(time.min(FAR)), eye, timer: Timer::default() }
+    /// The wait also depends on the worker with these pauses.
+    pub fn beside(self, other: Option<&'static Pauses>) -> Self {
+        Wait { other, ..self }
     }
 
     /// Checks `done`, the result of a poll of the awaited event, and then the client and the clock.
@@ -128,13 +127,9 @@ impl<E: Eye> Wait<E> {
         if done.is_ready() {
             return Ended::of(done, Poll::Pending, false).map_or(Poll::Pending, Poll::Ready);
         }
-        let due = match self.due {
-            Due::At(due) => due,
-            Due::After(time) => tokio::time::Instant::now().into_std() + time,
-        };
-        self.due = Due::At(due);
+        let since = *self.since.get_or_insert_with(|| tokio::time::Instant::now().into_std());
         let left = self.eye.poll_left(cx);
-        let late = left.is_pending() && self.timer.poll(cx, due).is_ready();
+        let late = left.is_pending() && self.timer.poll_limit_beside(cx, since, self.limit, self.other).is_ready();
         Ended::of(done, left, late).map_or(Poll::Pending, Poll::Ready)
     }
 
@@ -148,7 +143,7 @@ impl<E: Eye> Wait<E> {
         .await
     }
 
-    /// Waits for the deadline only. `Some`: the client has left.
+    /// Waits for the limit only. `Some`: the client has left.
     pub async fn out(&mut self) -> Option<E::Left> {
         match self.on(std::future::pending::<Infallible>()).await {
             Ended::Left(left) => Some(left),
@@ -169,7 +164,11 @@ pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> O
 /// deadline on the same thread takes it over. The timer is reset only if it would fire too late, or once it fires. Its
 /// task may therefore be woken early, and then polls the deadline again, as after every wake-up.
 #[derive(Default)]
-pub struct Timer(Option<Set>);
+pub struct Timer {
+    set: Option<Set>,
+    /// The extension of a limit, which is rare.
+    grant: Option<Box<Grant>>,
+}
 
 /// A timer of a runtime.
 struct Set {
@@ -187,10 +186,37 @@ thread_local! {
 }
 
 impl Timer {
+    /// Ready once another party has exceeded this limit, which runs from `since`. Time for which the gateway itself did
+    /// not run does not count: each party has its time while the gateway runs, and no more than that.
+    pub fn poll_limit(&mut self, cx: &mut Context<'_>, since: Instant, limit: Duration) -> Poll<()> {
+        self.poll_limit_beside(cx, since, limit, None)
+    }
+
+    /// The same if the party is reached through another worker.
+    fn poll_limit_beside(
+        &mut self,
+        cx: &mut Context<'_>,
+        since: Instant,
+        limit: Duration,
+        other: Option<&Pauses>,
+    ) -> Poll<()> {
+        let due = since + limit;
+        loop {
+            let grant = self.grant.as_deref().copied().filter(|grant| grant.due == due);
+            let grant = grant.unwrap_or(Grant { due, until: due });
+            ready!(self.poll(cx, grant.until));
+            let now = tokio::time::Instant::now().into_std();
+            match grant.more(pauses::paused(since, now, other), now) {
+                Some(more) => self.grant = Some(Box::new(more)),
+                None => return Poll::Ready(()),
+            }
+        }
+    }
+
     /// Ready once `due` has passed.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
         let due = tokio::time::Instant::from_std(due);
-        let sleep = &mut self.0.get_or_insert_with(|| Set::take_over(due)).sleep;
+        let sleep = &mut self.set.get_or_insert_with(|| Set::take_over(due)).sleep;
         if sleep.deadline() > due {
             sleep.as_mut().reset(due);
         }
@@ -206,7 +232,7 @@ impl Timer {
 
 impl Drop for Timer {
     fn drop(&mut self) {
-        let Some(set) = self.0.take() else { return };
+        let Some(set) = self.set.take() else { return };
         // A surplus timer is dropped after the borrow: it may hold the last reference to a task that has timers itself.
         let _surplus = SPARE.try_with(|spare| {
             let mut spare = spare.borrow_mut();

@@ -17,6 +17,10 @@ pub struct Waits {
     spent: [AtomicU64; 4],
     /// Total lag of the worker in nanoseconds, at the last check.
     lag: AtomicU64,
+    /// The part of it that fell into waits of the exchange, in all attempts, in nanoseconds.
+    lost: AtomicU64,
+    /// Nanoseconds from `began` until which the pauses of another worker were noted.
+    noted: AtomicU64,
 }
 
 /// Reports how long an endpoint was delayed.
@@ -29,7 +33,14 @@ impl Waits {
     /// The waits of an exchange that has no endpoint yet.
     pub fn new(began: Instant) -> Waits {
         let now = AtomicU64::new(Party::Gateway as u64);
-        Waits { began, now, spent: Default::default(), lag: AtomicU64::new(0) }
+        Waits {
+            began,
+            now,
+            spent: Default::default(),
+            lag: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
+            noted: AtomicU64::new(0),
+        }
     }
 
     /// Starts an attempt: the exchange waits for its endpoint, and the times of earlier attempts are reset. `lag`: the
@@ -62,11 +73,32 @@ impl Waits {
         let lag = nanos(lag);
         let late = lag.saturating_sub(self.lag.fetch_max(lag, Ordering::Relaxed));
         if late > 0 {
-            let (party, since) = self.present();
-            let late = Duration::from_nanos(late).min(now.saturating_duration_since(since));
-            self.spent[Party::Gateway as usize].fetch_add(nanos(late), Ordering::Relaxed);
-            self.now.store(self.word(party, since + late), Ordering::Relaxed);
+            self.lose(Duration::from_nanos(late), now);
         }
+    }
+
+    /// Asks how long another worker, on which the party depends, did not run while this one did. That time does not
+    /// count for the present wait, either. Returns whether there is such time. `paused` gets the time since which it
+    /// was not asked.
+    pub fn note_other(&self, now: Instant, paused: impl FnOnce(Instant) -> Duration) -> bool {
+        let until = nanos(now.saturating_duration_since(self.began));
+        let noted = self.began + Duration::from_nanos(self.noted.swap(until, Ordering::Relaxed));
+        let late = paused(self.present().1.max(noted));
+        self.lose(late, now);
+        !late.is_zero()
+    }
+
+    fn lose(&self, late: Duration, now: Instant) {
+        let (party, since) = self.present();
+        let late = late.min(now.saturating_duration_since(since));
+        self.spent[Party::Gateway as usize].fetch_add(nanos(late), Ordering::Relaxed);
+        self.lost.fetch_add(nanos(late), Ordering::Relaxed);
+        self.now.store(self.word(party, since + late), Ordering::Relaxed);
+    }
+
+    /// The time of all waits for which the worker did not run.
+    pub fn lost(&self) -> Duration {
+        Duration::from_nanos(self.lost.load(Ordering::Relaxed))
     }
 
     /// The party that the exchange waits for.
@@ -154,7 +186,25 @@ mod tests {
         assert_eq!(waits.spent(Party::Gateway, began + ms(100)), ms(60), "a lag that was counted before");
         waits.turn_to(Party::Client, began + ms(110));
         waits.note_lag(ms(9_000), began + ms(120));
+        assert_eq!(waits.lost(), ms(70));
         assert_eq!(Party::ALL.map(|party| waits.spent(party, began + ms(120))), [0, 50, 0, 70].map(ms));
+    }
+
+    #[test]
+    fn time_in_which_another_worker_was_stalled_is_the_gateways_too_and_counts_once() {
+        let began = Instant::now();
+        let waits = Waits::new(began);
+        waits.begin_attempt(ms(0), began + ms(10));
+        assert!(waits.note_other(began + ms(100), |since| {
+            assert_eq!(since, began + ms(10));
+            ms(50)
+        }));
+        assert_eq!(waits.present(), (Party::Endpoint, began + ms(60)));
+        assert!(!waits.note_other(began + ms(200), |since| {
+            assert_eq!(since, began + ms(100), "what was before is noted");
+            ms(0)
+        }));
+        assert_eq!((waits.lost(), waits.endpoint_delay(began + ms(200))), (ms(50), ms(50)));
     }
 
     proptest! {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -45,7 +45,7 @@ const OVERDUE: ErrorType = ErrorType::Custom("overdue");
 pub(super) struct Line<'a> {
     pub connector: &'a Connector,
     pub upstream: &'a Upstream,
-    pub peer: &'a HttpPeer,
+    pub peer: Box<HttpPeer>,
 }
 
 /// The body of a request that Forebay sends; freed once it was sent.
@@ -82,15 +82,16 @@ impl Line<'_> {
     /// Sends a request and reads the response, within the upstream's timeouts. Passes each piece of the response body
     /// to `take` until it returns that no more is wanted.
     pub async fn converse(
-        &self,
+        self,
         mut request: RequestHeader,
         load: Load,
         attempt: &mut Attempt,
         mut take: impl FnMut(Bytes) -> bool,
     ) -> Result<ResponseHeader> {
-        let Line { connector, upstream, peer } = *self;
+        let Line { connector, upstream, mut peer } = self;
+        connector::take_limit(&mut peer);
         let Timeouts { connect, send, wait, receive } = upstream.timeouts;
-        let (mut session, reused) = connector.get_http_session(peer).await?;
+        let (mut session, reused) = connector::connected(connect, connector.get_http_session(&*peer)).await?;
         if let Some(flaw) = Flaw::of(session.digest()) {
             // Dropping the session closes the connection, so that no other request gets it.
             return Error::e_explain(ErrorType::InvalidCert, flaw.to_string());
@@ -105,17 +106,15 @@ impl Line<'_> {
         attempt.connected(reused, now);
         let transport = &upstream.transport;
         let outdated = transport.age(session.digest()).filter(|&age| transport.is_outdated(age, rand::random()));
-        session.set_write_timeout(Some(send));
-        session.set_read_timeout(Some(wait.max(receive)));
         let http2 = matches!(session, HttpSession::H2(_));
         let (head, own) = (request.method == Method::HEAD, attempt.endpoint().authority());
         prepare(&mut request, &own, http2.then_some(peer.is_tls()), load.length()).map_err(Error::into_in)?;
         let whole = async {
-            session.write_request_header(Box::new(request)).await?;
+            sent(send, session.write_request_header(Box::new(request))).await?;
             for piece in load.pieces().iter().filter(|piece| !piece.is_empty()) {
-                session.write_request_body(piece.clone(), false).await?;
+                sent(send, session.write_request_body(piece.clone(), false)).await?;
             }
-            session.finish_request_body().await?;
+            sent(send, session.finish_request_body()).await?;
             // The body was sent, so its memory is freed.
             drop(load);
             attempt.sent(Instant::now());
@@ -146,7 +145,7 @@ impl Line<'_> {
             outdated => outdated.is_some() || (!http2 && upstream.has_surplus_connections()),
         };
         if session.response_done() && !is_last {
-            connector.release_http_session(session, peer, peer.idle_timeout()).await;
+            connector.release_http_session(session, &*peer, peer.idle_timeout()).await;
         }
         Ok(header)
     }
@@ -159,6 +158,12 @@ pub(super) fn is_overdue(error: &Error) -> bool {
 
 fn late() -> Box<Error> {
     Error::new_up(ErrorType::ReadTimedout)
+}
+
+/// Waits until a piece of a request is sent. Pingora's own limits would also run while the gateway does not.
+async fn sent<T>(limit: Duration, sends: impl Future<Output = Result<T>>) -> Result<T> {
+    let sent = within(limit, NoClient::Within, sends).await;
+    sent.ok_or_else(|| Error::new_up(ErrorType::WriteTimedout))?
 }
 
 /// The fault of a failed request. Its body was complete from the start, so the exchange waited only for the endpoint.
@@ -298,7 +303,7 @@ impl Callee {
             // A method that defines a meaning for a body announces an empty one (RFC 9110 §8.6).
             let bodiless = body.is_empty() && !matches!(request.method, Method::POST | Method::PUT | Method::PATCH);
             let load = if bodiless { Load::Nothing } else { Load::Whole(body.clone()) };
-            let line = Line { connector: &self.connector, upstream: &self.upstream, peer: &peer };
+            let line = Line { connector: &self.connector, upstream: &self.upstream, peer };
             let (mut taken, mut too_large) = (BytesMut::new(), false);
             let take = |piece: Bytes| {
                 too_large = piece.len() > answer_bytes_max - taken.len();

@@ -189,7 +189,7 @@ async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, partie
         // The header already has the maximum number of fields.
         return Fate::Failed;
     }
-    let line = Line { connector: &mirror.connector, upstream, peer: &peer };
+    let line = Line { connector: &mirror.connector, upstream, peer };
     let mut left = DISCARDED_BYTES;
     let take = |piece: Bytes| match left.checked_sub(piece.len()) {
         Some(rest) => {

@@ -50,8 +50,8 @@ pub async fn wait(
         return Err(Fault::new(Party::Gateway, Phase::Queue, What::Full));
     };
     let spent = exchange.progress.clock.spent(Phase::Queue).unwrap_or_default();
-    let due = now + upstream.admission.queue().timeout.saturating_sub(spent);
-    let mut wait = Wait::until(due, Line { exchange, client });
+    let left = upstream.admission.queue().timeout.saturating_sub(spent);
+    let mut wait = Wait::at_most(left, Line { exchange, client });
     loop {
         match wait.on(poll_fn(|cx| place.poll_turn(cx))).await {
             Ended::Late => return Err(Fault::new(Party::Gateway, Phase::Queue, What::Silent)),

@@ -23,9 +23,9 @@ use crate::upstream::{Choice, Upstream};
 /// Chooses the endpoint of the next attempt, preferably an untried one. Waits for an endpoint with room if needed,
 /// within the exchange's deadline. Returns Pingora's description of the endpoint.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
-    let Some(due) = exchange.deadlines.due() else { return choose(exchange, client).await };
+    let Some(left) = exchange.deadlines.left(Instant::now()) else { return choose(exchange, client).await };
     // The pause and the queue inside watch the client.
-    let chosen = Wait::until(due, NoClient::Within).on(choose(exchange, client)).await.in_time();
+    let chosen = Wait::at_most(left, NoClient::Within).on(choose(exchange, client)).await.in_time();
     chosen.unwrap_or_else(|| Err(refused(Fault::new(Party::Gateway, exchange.phase(), What::Overdue))))
 }
 

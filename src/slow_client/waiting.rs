@@ -9,6 +9,7 @@ use prometheus::IntGauge;
 
 use super::Entry;
 use crate::account::{Account, Accounts};
+use crate::party::pauses::paused;
 
 /// A wait for a client, counted until this is dropped.
 pub struct Waiting {
@@ -29,9 +30,10 @@ impl Waiting {
         Waiting { since, slow: gauge.cloned(), entry: entry.clone() }
     }
 
-    /// Duration of the wait so far.
+    /// Duration of the wait so far, without the time for which the gateway did not run.
     pub fn lasted(&self) -> Duration {
-        self.since.elapsed()
+        let now = Instant::now();
+        now.saturating_duration_since(self.since).saturating_sub(paused(self.since, now, None))
     }
 }
 

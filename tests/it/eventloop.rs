@@ -11,6 +11,7 @@ use forebay::filter::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 
 use crate::harness::gateway::Watched;
 use crate::harness::metrics::Scrape;
+use crate::harness::raw_h2::RawH2;
 use crate::harness::{Client, DEADLINE, Origin, Setup, eventually, may_open_files};
 
 /// A filter that blocks the worker: for as many milliseconds as a header field says, then until the story wakes it
@@ -196,4 +197,39 @@ fn workers_that_share_their_tasks_are_seen_one_by_one_and_together() {
     assert_eq!(scrape.samples("forebay_loop_busy_seconds_total").len(), 2);
     assert_eq!(scrape.samples("forebay_loop_tasks{worker=\"all\"}").len(), 1);
     assert!(scrape.sum("forebay_loop_busy_seconds_total") > 0.69, "{}", scrape.text());
+}
+
+#[test]
+fn an_endpoint_is_not_accused_of_a_stall_of_the_worker_that_drives_its_connection() {
+    const OTHERS: usize = 8;
+    let origin = Origin::scripted();
+    let timeouts = "protocol: h2c, timeouts: { connect: 60s, send: 60s, wait: 1500ms, receive: 60s }";
+    let setup = sleepy(&origin).server("threads: 2").upstream(timeouts).route("retry: { attempts: 1 }");
+    let gateway = setup.observability("event_loop: { stall_threshold: 200ms }").start();
+    let mut first = gateway.client();
+    first.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n");
+    let mut endpoint = RawH2::server(origin.accept());
+    let answer = |endpoint: &mut RawH2, stream| endpoint.headers(stream, &[(":status", "200")], true);
+    let stream = endpoint.request().expect("a request");
+    answer(&mut endpoint, stream);
+    assert_eq!(first.response().status, 200);
+    let stalled = |worker: usize| gateway.metric(&format!("forebay_loop_lag_seconds_sum{{worker=\"{worker}\"}}")) > 2.0;
+    // Which worker drives the connection is unknown, so each is stalled at least once.
+    for round in 0..20 {
+        if stalled(0) && stalled(1) {
+            return;
+        }
+        let mut others = [(); OTHERS].map(|()| gateway.client());
+        others.iter_mut().for_each(|client| client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n"));
+        let streams = [(); OTHERS].map(|()| endpoint.request().expect("a request"));
+        let mut sleeper = gateway.client();
+        sleeper.send("GET / HTTP/1.1\r\nHost: test\r\nX-Sleep: 2500\r\n\r\n");
+        gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 1.0);
+        streams.into_iter().for_each(|stream| answer(&mut endpoint, stream));
+        let stream = endpoint.request().expect("the request of the sleeper");
+        answer(&mut endpoint, stream);
+        assert_eq!(others.map(|mut client| client.response().status), [200; OTHERS], "round {round}");
+        assert_eq!(sleeper.response().status, 200);
+    }
+    panic!("one worker was never stalled");
 }

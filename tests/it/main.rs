@@ -86,6 +86,7 @@ mod sticky;
 mod stop;
 mod story;
 mod supervisor;
+mod suspended;
 mod takeover;
 mod timeline;
 mod tokens;

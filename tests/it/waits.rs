@@ -605,7 +605,7 @@ fn nothing_waits_without_a_deadline_and_an_eye_on_its_client() {
         r"\.acquire\w*\([^)]*\)\.await",
         r"\.wait_for\(",
         r"\bselect!\s*\{",
-        r":\sTimer,",
+        r"(?::|Instant,)\sTimer[,)]",
     ];
     let waits = Regex::new(&waits.join("|")).expect("a pattern");
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();

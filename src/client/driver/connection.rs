@@ -289,7 +289,7 @@ impl<'c> Messages<'c> {
                 Poll::Pending => {
                     let since = *self.stalled.get_or_insert_with(Instant::now);
                     let Some(patience) = self.patience else { return Poll::Pending };
-                    ready!(self.timer.poll(cx, since + patience));
+                    ready!(self.timer.poll_limit(cx, since, patience));
                     self.outgoing.give_up();
                     return Poll::Ready(Err(Error::explain(ErrorType::WriteTimedout, "sending the request").into_up()));
                 }

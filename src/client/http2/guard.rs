@@ -6,7 +6,6 @@
 //! of the connection ends it.
 
 use std::collections::VecDeque;
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use h2::Reason;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Sleep;
 
 use super::conduct::{Conduct, Offence, Rules};
 use crate::client::frames::{END_STREAM, Frames, Passed, kind};
 use crate::error::{Refusal, refusal};
+use crate::party::wait::Timer;
 
 /// Maximum number of opened streams remembered that were not handed out. The library refuses a stream at once, so their
 /// number is limited by one read, unless the client accepts no bytes.
@@ -169,19 +168,20 @@ pub struct Guard<I> {
     watch: Watch,
     /// Time limit for a frame or header block that has begun.
     patience: Duration,
-    deadline: Option<Pin<Box<Sleep>>>,
+    /// Its beginning, and the timer of the limit.
+    begun: Option<(Instant, Timer)>,
 }
 
 impl<I> Guard<I> {
     /// Observes the bytes of `io`. The client must complete each frame and header block within `patience`.
     pub fn new(io: I, watch: Watch, patience: Duration) -> Self {
-        Guard { io, watch, patience, deadline: None }
+        Guard { io, watch, patience, begun: None }
     }
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for Guard<I> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Guard { io, watch, patience, deadline } = &mut *self;
+        let Guard { io, watch, patience, begun } = &mut *self;
         let mut seen = watch.seen();
         if seen.offence.is_some() {
             // The owner of the connection checks for the offence when no more bytes are read.
@@ -195,14 +195,14 @@ impl<I: AsyncRead + Unpin> AsyncRead for Guard<I> {
                 return Poll::Pending;
             }
             if !seen.received.unfinished() {
-                *deadline = None;
-            } else if deadline.is_none() {
-                *deadline = Some(Box::pin(tokio::time::sleep(*patience)));
+                *begun = None;
+            } else if begun.is_none() {
+                *begun = Some((tokio::time::Instant::now().into_std(), Timer::default()));
             }
             return Poll::Ready(read);
         }
-        if let Some(deadline) = deadline
-            && deadline.as_mut().poll(cx).is_ready()
+        if let Some((since, timer)) = begun
+            && timer.poll_limit(cx, *since, *patience).is_ready()
         {
             seen.offence = Some(Offence::excess(&refusal::HEADER_TIMEOUT));
         }

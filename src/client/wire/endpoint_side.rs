@@ -2,6 +2,7 @@
 
 use std::task::{Context, Poll};
 
+use crate::party::pauses::Pauses;
 use crate::upstream::transport::http2::StreamHandle;
 use crate::upstream::window::Window;
 
@@ -30,6 +31,11 @@ impl EndpointSide {
     /// Sets the stream of this attempt, on a connection that exchanges share.
     pub fn set_stream(&mut self, stream: StreamHandle) {
         self.stream = Some(stream);
+    }
+
+    /// The pauses of another worker that drives the connection. `None`: there is no such worker.
+    pub fn driver(&self) -> Option<&'static Pauses> {
+        self.stream.as_ref()?.driver()
     }
 
     /// Ready when the endpoint has accepted the request body given so far, as far as this is visible. If the endpoint

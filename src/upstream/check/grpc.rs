@@ -17,6 +17,7 @@ use super::connector::connector;
 use super::http::{alone, host, request};
 use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::GrpcCheck;
+use crate::upstream::transport::connector::connected;
 use crate::upstream::transport::readable;
 use crate::upstream::transport::tls::Flaw;
 
@@ -48,8 +49,8 @@ impl Grpc {
 impl HealthCheck for Grpc {
     async fn check(&self, target: &Backend) -> Result<()> {
         let endpoint = endpoint(target)?;
-        let peer = alone(endpoint);
-        let (session, _) = self.connector.get_http_session(&peer).await?;
+        let (peer, limit) = alone(endpoint);
+        let (session, _) = connected(limit, self.connector.get_http_session(&peer)).await?;
         sound(Flaw::of(session.digest()))?;
         let HttpSession::H2(mut session) = session else { return wrong("it does not speak HTTP/2") };
         let host = host(self.host.as_ref(), endpoint);

@@ -1,5 +1,7 @@
 //! A health check with a GET request: the status, and optionally a text in the body.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use http::uri::{Authority, Scheme, Uri};
 use http::{HeaderValue, header};
@@ -7,6 +9,7 @@ use memchr::memmem;
 use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::client::HttpSession;
+use pingora::upstreams::peer::HttpPeer;
 use pingora::{OrErr, Result};
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
@@ -15,6 +18,7 @@ use super::connector::connector;
 use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::{HttpCheck, Statuses};
 use crate::upstream::endpoint::Endpoint;
+use crate::upstream::transport::connector::{connected, take_limit};
 use crate::upstream::transport::final_status;
 use crate::upstream::transport::tls::Flaw;
 
@@ -58,8 +62,8 @@ impl Http {
 impl HealthCheck for Http {
     async fn check(&self, target: &Backend) -> Result<()> {
         let endpoint = endpoint(target)?;
-        let peer = alone(endpoint);
-        let (mut session, _) = self.connector.get_http_session(&peer).await?;
+        let (peer, limit) = alone(endpoint);
+        let (mut session, _) = connected(limit, self.connector.get_http_session(&peer)).await?;
         sound(Flaw::of(session.digest()))?;
         let host = host(self.host.as_ref(), endpoint);
         let is_h2 = matches!(session, HttpSession::H2(_));
@@ -89,11 +93,12 @@ impl HealthCheck for Http {
     }
 }
 
-/// A peer with a separate connection.
-pub(super) fn alone(endpoint: &Endpoint) -> pingora::upstreams::peer::HttpPeer {
+/// A peer with a separate connection, and the time limit of the connection.
+pub(super) fn alone(endpoint: &Endpoint) -> (HttpPeer, Duration) {
     let mut peer = *endpoint.peer();
     peer.options.max_h2_streams = 1;
-    peer
+    let limit = take_limit(&mut peer);
+    (peer, limit)
 }
 
 /// The host of the request: the configured one, or the endpoint's address as written, if that is a valid host.

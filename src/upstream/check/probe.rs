@@ -18,6 +18,7 @@ use super::http::Http;
 use super::target::{endpoint, sound};
 use crate::config;
 use crate::upstream::endpoint::Endpoint;
+use crate::upstream::transport::connector::{connected, take_limit};
 use crate::upstream::transport::tls::Flaw;
 
 /// A health check.
@@ -54,7 +55,9 @@ struct Connects(&'static TransportConnector);
 #[async_trait]
 impl HealthCheck for Connects {
     async fn check(&self, target: &Backend) -> Result<()> {
-        let stream = self.0.new_stream(&*endpoint(target)?.peer()).await?;
+        let mut peer = endpoint(target)?.peer();
+        let limit = take_limit(&mut peer);
+        let stream = connected(limit, self.0.new_stream(&*peer)).await?;
         sound(Flaw::of_tls(stream.get_ssl_digest().as_deref()))
     }
 

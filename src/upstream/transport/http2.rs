@@ -10,7 +10,7 @@ use std::future::poll_fn;
 use std::io::ErrorKind;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,8 @@ use pingora::protocols::{Digest, Stream, UniqueIDType};
 use pingora::upstreams::peer::{ALPN, HttpPeer, Peer};
 use pingora::{Error, ErrorType, OrErr, Result, RetryType};
 
+use super::connector::{connected, take_limit};
+use crate::party::pauses::{self, Pauses};
 use crate::party::wait::{Ended, Eye, FAR, NoClient, Wait, within};
 
 /// Pingora's default window.
@@ -72,7 +74,12 @@ struct Shared {
     reader: AtomicWaker,
     /// The send side of the stream, while the body is sent.
     send: Mutex<Option<SendStream<Bytes>>>,
+    /// The worker of its connection.
+    driver: OnceLock<Driver>,
 }
+
+/// The pauses of the worker that drives a connection, once it does.
+type Driver = Arc<OnceLock<&'static Pauses>>;
 
 /// Forebay cancelled the request: this says nothing about the endpoint.
 pub const HUNG_UP: ErrorType = ErrorType::new("the client is gone");
@@ -82,6 +89,11 @@ impl StreamHandle {
     pub fn hang_up(&self) {
         self.0.over.store(true, Ordering::Release);
         self.0.reader.wake();
+    }
+
+    /// The pauses of the worker that drives its connection, which may be another one than the exchange's.
+    pub fn driver(&self) -> Option<&'static Pauses> {
+        self.0.driver.get()?.get().copied()
     }
 
     /// Discards the rest of the request.
@@ -166,6 +178,7 @@ struct Connection {
     address: String,
     socket: UniqueIDType,
     digest: Digest,
+    driver: Driver,
 }
 
 /// The use of a connection; changed only under the pool's lock.
@@ -268,7 +281,8 @@ impl Http2 {
     async fn connect(&self, peer: &HttpPeer) -> Result<Arc<Connection>> {
         let mut peer = peer.clone();
         peer.options.alpn = ALPN::H2;
-        let stream = self.transport.new_stream(&peer).await?;
+        let limit = take_limit(&mut peer);
+        let stream = connected(limit, self.transport.new_stream(&peer)).await?;
         let digest = Digest {
             ssl_digest: stream.get_ssl_digest(),
             timing_digest: stream.get_timing_digest(),
@@ -284,7 +298,7 @@ impl Http2 {
             .initial_window_size(peer.options.h2_stream_window_size.unwrap_or(WINDOW_BYTES))
             .initial_connection_window_size(peer.options.h2_connection_window_size.unwrap_or(WINDOW_BYTES))
             .handshake::<_, Bytes>(stream);
-        let begun = within(patience(&peer), NoClient::Within, begun).await;
+        let begun = within(limit, NoClient::Within, begun).await;
         let begun = begun.ok_or_else(|| Error::explain(ErrorType::ConnectTimedout, "beginning HTTP/2"))?;
         let (send, driver) = begun.or_err(ErrorType::HandshakeError, "beginning HTTP/2")?;
         let connection = Arc::new(Connection {
@@ -297,15 +311,23 @@ impl Http2 {
             address: peer._address.to_string(),
             socket,
             digest,
+            driver: Driver::default(),
         });
         self.pool.keep(&connection);
-        pingora_runtime::current_handle().spawn(drive(driver, self.pool.clone(), Arc::downgrade(&connection)));
+        let (pool, weak, worker) = (self.pool.clone(), Arc::downgrade(&connection), connection.driver.clone());
+        pingora_runtime::current_handle().spawn(async move {
+            if let Some(pauses) = pauses::of_this_thread() {
+                let _ = worker.set(pauses);
+            }
+            drive(driver, pool, weak).await;
+        });
         Ok(connection)
     }
 
     /// Opens a stream on this connection in the reserved place; `None` if it accepts no more.
     async fn open(&self, connection: Arc<Connection>, patience: Duration) -> Option<Exchange> {
-        match within(patience, NoClient::Within, connection.send.clone().ready()).await {
+        let mut wait = Wait::at_most(patience, NoClient::Within).beside(connection.driver.get().copied());
+        match wait.on(connection.send.clone().ready()).await.in_time() {
             Some(Ok(send)) => Some(Exchange::new(connection, self.pool.clone(), send)),
             none => {
                 let error = none.and_then(Result::err);
@@ -424,7 +446,8 @@ impl Exchange {
 
     /// Waits for the endpoint, within its time limit.
     async fn bounded<T>(&self, reading: impl Future<Output = Result<T>>) -> Result<T> {
-        let mut wait = Wait::at_most(self.read_timeout.unwrap_or(FAR), Ends(&self.handle));
+        let driver = self.connection.driver.get().copied();
+        let mut wait = Wait::at_most(self.read_timeout.unwrap_or(FAR), Ends(&self.handle)).beside(driver);
         match wait.on(reading).await {
             Ended::Done(read) => read,
             Ended::Left(why) => Err(why),
@@ -517,6 +540,7 @@ impl client::Session for Exchange {
     async fn write_request_header(&mut self, mut request: Box<RequestHeader>, end: bool) -> Result<()> {
         self.trailers = request.extensions_mut().remove::<RequestTrailers>();
         if let Some(handle) = request.extensions_mut().remove::<StreamHandle>() {
+            let _ = handle.0.driver.set(self.connection.driver.clone());
             self.handle = handle;
         }
         let request = converted(*request, self.connection.tls, &self.connection.address)?;
