@@ -35,7 +35,7 @@ use crate::proxy::call::{Directory, Lines};
 use crate::proxy::header::path::Paths;
 use crate::proxy::mirror::Mirror;
 use crate::proxy::routes::Route;
-use crate::proxy::routes::table::Table;
+use crate::proxy::routes::table::{self, Table};
 use crate::upstream::{self, Places, Upstream};
 
 use super::inherited::Inherited;
@@ -186,16 +186,14 @@ impl Parts {
             |written, path: &str| kept(text::named(written).map_err(|found| under(path, found)), &mut errors);
         let log_fields = named(&observability.access_log.fields, "observability.access_log.fields");
         let span_attributes = named(&observability.tracing.attributes, "observability.tracing.attributes");
-        match Table::build(rules.iter().map(|(matches, route)| (matches, route.clone())).collect()) {
-            Ok(routes) if errors.is_empty() => {
-                Ok(Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes, issuers })
-            }
-            Ok(_) => Err(errors),
-            Err(found) => {
-                errors.extend(under("routes", found));
-                Err(errors)
-            }
+        if !errors.is_empty() {
+            // Routes with errors are not among the rules, whose numbers therefore are not those of the routes.
+            errors.extend(errors_in_matches(config));
+            return Err(errors);
         }
+        let rules = rules.iter().map(|(matches, route)| (matches, route.clone())).collect();
+        let routes = Table::build(rules).map_err(|found| under("routes", found))?;
+        Ok(Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes, issuers })
     }
 }
 
@@ -275,8 +273,18 @@ fn admin_tls(
     Ok(Some(Fit::of(built, running, (tls, &sources, SPOKEN))))
 }
 
-/// The routes with their match conditions, and for `/status`. If the filters of a route have errors, the rest of it
-/// is still checked.
+/// The errors in the match conditions of routes, except for paths that cannot be written in their canonical form.
+fn errors_in_matches(config: &Config) -> Vec<BuildError> {
+    let paths = Paths::new(&config.paths);
+    let errors = config.routes.iter().enumerate().flat_map(|(index, written)| {
+        let matches = paths.in_matches(&written.matches).unwrap_or_else(|_| written.matches.clone());
+        under(&format!("routes[{index}]"), table::errors_of(&matches))
+    });
+    errors.collect()
+}
+
+/// The routes with their match conditions, and for `/status`. Errors in match conditions are left to
+/// [`errors_in_matches`].
 fn routes(
     base: &Base,
     config: &Config,
@@ -312,15 +320,7 @@ fn routes(
                     Err(error) => errors.push(error.under(&format!("{place}.match.path"))),
                 }
             }
-            Err(found) => {
-                errors.extend(found.into_iter().map(|error| error.under("filters").under(&place)));
-                // It is not in the table, but errors in its `match` are still reported.
-                let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
-                errors.extend(alone.into_iter().map(|error| {
-                    let path = error.path.trim_start_matches("[0]").to_owned();
-                    BuildError { path: format!("{place}{path}"), ..error }
-                }));
-            }
+            Err(found) => errors.extend(found.into_iter().map(|error| error.under("filters").under(&place))),
         }
     }
     (rules, listed)

@@ -325,6 +325,9 @@ routes:
       - access: { deny: [10.0.0.0/8] }
         when: response.code == 500
     upstream: app
+  - name: after a route with wrong filters
+    match: { when: 'request.hosst == ""' }
+    upstream: app
 observability:
   access_log: { fields: { a: { cel: 'request.path.matches("(")' } } }
 "#;
@@ -350,13 +353,14 @@ fn check_tells_every_wrong_expression_with_its_line_and_column() {
         ("f.yaml:13:24", "there is no function `startWith`"),
         ("f.yaml:14:76", "`+` does not take text (string) and a whole number (int)"),
         ("f.yaml:16:15", "`response.code` comes too early"),
-        ("f.yaml:19:59", "`(` is not a usable pattern"),
+        ("f.yaml:19:21", "nothing is called `request.hosst`"),
+        ("f.yaml:22:59", "`(` is not a usable pattern"),
     ] {
         assert!(said.contains(&format!("--> {place}")), "{place} is not in\n{said}");
         assert!(said.contains(told), "{told} is not in\n{said}");
     }
     assert!(said.contains("did you mean `startsWith`?"), "{said}");
-    assert!(said.contains("error: 5 errors in f.yaml"), "{said}");
+    assert!(said.contains("error: 6 errors in f.yaml"), "{said}");
 }
 
 /// The YAML blocks in a page of the manual.

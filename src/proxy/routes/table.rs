@@ -66,6 +66,15 @@ pub struct Query<'a> {
 /// The rank of a rule among all rules: the smaller one wins if host and path are the same.
 type Rank = u32;
 
+/// All errors of one rule, each at a path such as `match.path.regex`.
+pub fn errors_of(written: &Match) -> Vec<BuildError> {
+    let mut errors = Vec::new();
+    let mut report = |error: BuildError| errors.push(error.under("match"));
+    Place::build(written, &mut report);
+    Rule::build(written, (), &mut report);
+    errors
+}
+
 impl<T> Table<T> {
     /// Builds the table of these rules, given in the order of the file.
     ///
