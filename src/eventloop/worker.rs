@@ -259,6 +259,11 @@ pub fn lag(now: Instant) -> Duration {
     here().map_or(Duration::ZERO, |worker| worker.lag(now))
 }
 
+/// The pauses of this thread's loop. `None` on threads that are not workers.
+pub fn pauses() -> Option<&'static Pauses> {
+    here().map(|worker| &worker.pauses)
+}
+
 /// The current cycle of this thread's loop. `None` on threads that are not workers.
 pub fn cycle() -> Option<Cycle> {
     let worker = here()?;

@@ -92,11 +92,6 @@ impl Pauses {
     }
 }
 
-/// The pauses of this thread, if it is a worker.
-pub fn of_this_thread() -> Option<&'static Pauses> {
-    OF_THREAD.get()
-}
-
 /// The time between `since` and `now` for which the other worker did not run, but this thread did.
 pub fn paused_elsewhere(since: Instant, now: Instant, other: &Pauses) -> Duration {
     paused(since, now, Some(other)).saturating_sub(paused(since, now, None))

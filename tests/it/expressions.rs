@@ -325,7 +325,7 @@ routes:
       - access: { deny: [10.0.0.0/8] }
         when: response.code == 500
     upstream: app
-  - name: after a route with wrong filters
+  - name: after-a-wrong-one
     match: { when: 'request.hosst == ""' }
     upstream: app
 observability:

@@ -32,7 +32,8 @@ use pingora::upstreams::peer::{ALPN, HttpPeer, Peer};
 use pingora::{Error, ErrorType, OrErr, Result, RetryType};
 
 use super::connector::{connected, take_limit};
-use crate::party::pauses::{self, Pauses};
+use crate::eventloop::worker;
+use crate::party::pauses::Pauses;
 use crate::party::wait::{Ended, Eye, FAR, NoClient, Wait, within};
 
 /// Pingora's default window.
@@ -314,10 +315,10 @@ impl Http2 {
             driver: Driver::default(),
         });
         self.pool.keep(&connection);
-        let (pool, weak, worker) = (self.pool.clone(), Arc::downgrade(&connection), connection.driver.clone());
+        let (pool, weak, driven_by) = (self.pool.clone(), Arc::downgrade(&connection), connection.driver.clone());
         pingora_runtime::current_handle().spawn(async move {
-            if let Some(pauses) = pauses::of_this_thread() {
-                let _ = worker.set(pauses);
+            if let Some(pauses) = worker::pauses() {
+                let _ = driven_by.set(pauses);
             }
             drive(driver, pool, weak).await;
         });
