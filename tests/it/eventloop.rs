@@ -203,7 +203,7 @@ fn workers_that_share_their_tasks_are_seen_one_by_one_and_together() {
 fn an_endpoint_is_not_accused_of_a_stall_of_the_worker_that_drives_its_connection() {
     const OTHERS: usize = 8;
     let origin = Origin::scripted();
-    let timeouts = "protocol: h2c, timeouts: { connect: 60s, send: 60s, wait: 1500ms, receive: 60s }";
+    let timeouts = "protocol: h2c, timeouts: { connect: 60s, send: 60s, wait: 2s, receive: 60s }";
     let setup = sleepy(&origin).server("threads: 2").upstream(timeouts).route("retry: { attempts: 1 }");
     let gateway = setup.observability("event_loop: { stall_threshold: 200ms }").start();
     let mut first = gateway.client();
@@ -213,23 +213,32 @@ fn an_endpoint_is_not_accused_of_a_stall_of_the_worker_that_drives_its_connectio
     let stream = endpoint.request().expect("a request");
     answer(&mut endpoint, stream);
     assert_eq!(first.response().status, 200);
-    let stalled = |worker: usize| gateway.metric(&format!("forebay_loop_lag_seconds_sum{{worker=\"{worker}\"}}")) > 2.0;
+    let lag = |worker: usize| gateway.metric(&format!("forebay_loop_lag_seconds_sum{{worker=\"{worker}\"}}"));
     // Which worker drives the connection is unknown, so each is stalled at least once.
-    for round in 0..20 {
-        if stalled(0) && stalled(1) {
+    let mut stalled = [false; 2];
+    for round in 0..40 {
+        if stalled == [true; 2] {
             return;
         }
+        let (before, begun) = ([0, 1].map(lag), Instant::now());
         let mut others = [(); OTHERS].map(|()| gateway.client());
         others.iter_mut().for_each(|client| client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n"));
         let streams = [(); OTHERS].map(|()| endpoint.request().expect("a request"));
         let mut sleeper = gateway.client();
-        sleeper.send("GET / HTTP/1.1\r\nHost: test\r\nX-Sleep: 2500\r\n\r\n");
+        sleeper.send("GET / HTTP/1.1\r\nHost: test\r\nX-Sleep: 3000\r\n\r\n");
         gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 1.0);
         streams.into_iter().for_each(|stream| answer(&mut endpoint, stream));
+        // On a busy machine this endpoint may be late itself.
+        let in_time = begun.elapsed() < Duration::from_secs(1);
         let stream = endpoint.request().expect("the request of the sleeper");
         answer(&mut endpoint, stream);
-        assert_eq!(others.map(|mut client| client.response().status), [200; OTHERS], "round {round}");
+        let statuses = others.map(|mut client| client.response().status);
         assert_eq!(sleeper.response().status, 200);
+        if in_time {
+            assert_eq!(statuses, [200; OTHERS], "round {round}");
+            let lags = [0, 1].map(lag);
+            stalled = [0, 1].map(|worker| stalled[worker] || lags[worker] - before[worker] > 2.0);
+        }
     }
-    panic!("one worker was never stalled");
+    panic!("one worker was never stalled while the endpoint was in time");
 }
