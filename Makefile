@@ -8,6 +8,9 @@ export PATH := $(PATH):/usr/sbin:/sbin
 # Stories that run by both drivers: our own, and Pingora's for all exchanges.
 BOTH := proxying|header|filters|retry|slow|buffer|pace|framing
 
+# Most tests wait for a clock or for another process: two at a time for each core use it better than one.
+AT_ONCE = $$(( 2 * $$(nproc) ))
+
 .DEFAULT_GOAL := help
 .PHONY: help run demo test fuzz check build quick release package package-test fmt lint doc manual bench gate clean
 
@@ -23,8 +26,8 @@ demo: quick ## show what one worker does for four clients, cycle by cycle, out o
 test: ## run all tests, against real servers too; installs them without starting them
 	@$(TOOLS) build test
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		set -x; $(CARGO) nextest run --locked && $(CARGO) test --locked --doc && \
-		FOREBAY_TEST_DRIVER=pingora $(CARGO) nextest run --locked --test it -E 'test(/^($(BOTH))::/)'; \
+		set -x; $(CARGO) nextest run --locked --test-threads $(AT_ONCE) && $(CARGO) test --locked --doc && \
+		FOREBAY_TEST_DRIVER=pingora $(CARGO) nextest run --locked --test-threads $(AT_ONCE) --test it -E 'test(/^($(BOTH))::/)'; \
 	else \
 		set -x; $(CARGO) test --locked; \
 	fi
