@@ -20,8 +20,8 @@ unsafe extern "C" {
 /// system's allocator, 2.2 with jemalloc, 1.7 with mimalloc.
 ///
 /// The mimalloc crate passes the alignment with every request, and mimalloc's aligned allocation takes three times the
-/// instructions; memory that it aligned also takes longer to free. All memory of mimalloc is aligned to 8 bytes, and from
-/// 16 bytes on to 16 (its `MI_MAX_ALIGN_SIZE`), which suffices for almost all requests.
+/// instructions; memory that it aligned also takes longer to free. All memory of mimalloc is aligned to 8 bytes, and
+/// blocks of 16 bytes and more to 16 (its `MI_MAX_ALIGN_SIZE`), which suffices for almost all requests.
 struct Allocator;
 
 #[global_allocator]

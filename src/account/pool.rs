@@ -53,7 +53,7 @@ impl Pool {
         self.used.fetch_sub(bytes, Ordering::SeqCst)
     }
 
-    /// Whether there is no room, sequentially consistent with [`Pool::release`]: either the one that releases sees the
+    /// Whether the pool is full, sequentially consistent with [`Pool::release`]: either the one that releases sees the
     /// waiter, or the waiter sees the release.
     pub fn is_full_for_certain(&self, steps: Steps) -> bool {
         self.used.load(Ordering::SeqCst) >= steps.full_at

@@ -716,7 +716,7 @@ impl Connection {
         self.flags.half_close_aborts.load(Ordering::Relaxed)
     }
 
-    /// Records that a response has begun: the connection is no longer new.
+    /// Records that a response has begun, which ends the time in which the connection is new.
     pub fn settle(&self) {
         self.flags.settled.store(true, Ordering::Relaxed);
     }

@@ -140,7 +140,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn letter_case_alone_makes_no_other_name(bytes in prop::collection::vec(any::<u8>(), 0..40), odd in any::<u8>()) {
+        fn letter_case_alone_makes_no_other_name(
+            bytes in prop::collection::vec(any::<u8>(), 0..40),
+            odd in any::<u8>(),
+        ) {
             let name = bytes.to_ascii_lowercase();
             prop_assert!(spells(&bytes, &name));
             for place in 0..bytes.len() {

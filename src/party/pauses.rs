@@ -180,7 +180,7 @@ mod tests {
         let begin = Instant::now();
         let at = |millis| begin + ms(millis);
         let pauses = Pauses::new(begin);
-        assert_eq!(pauses.overdue(at(60_000)), ms(0), "there is no heartbeat");
+        assert_eq!(pauses.overdue(at(60_000)), ms(0), "before the first heartbeat");
         pauses.expect_round(Some(at(100)));
         assert_eq!(pauses.overdue(at(119)), ms(0));
         assert_eq!(pauses.until(at(3_100)), [(at(100), at(3_100))]);

@@ -33,7 +33,7 @@ impl EndpointSide {
         self.stream = Some(stream);
     }
 
-    /// The pauses of another worker that drives the connection. `None`: there is no such worker.
+    /// The pauses of the worker that drives the connection, if exchanges share it (HTTP/2) and its driver has begun.
     pub fn driver(&self) -> Option<&'static Pauses> {
         self.stream.as_ref()?.driver()
     }

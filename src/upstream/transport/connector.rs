@@ -32,8 +32,8 @@ fn is_http1(peer: &impl Peer) -> bool {
     peer.get_peer_options().is_some_and(|options| matches!(&options.alpn, ALPN::Custom(marked) if *marked == *HTTP1))
 }
 
-/// Takes the time limit for a connection out of a peer, for [`connected`]. Pingora would enforce it by a clock that also
-/// runs while the gateway does not.
+/// Removes the time limit for a connection from a peer, and returns it for [`connected`]. Pingora would enforce it by a
+/// clock that also runs while the gateway does not.
 pub fn take_limit(peer: &mut HttpPeer) -> Duration {
     let limits = [peer.options.total_connection_timeout.take(), peer.options.connection_timeout.take()];
     limits.into_iter().flatten().next().unwrap_or(FAR)
