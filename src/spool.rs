@@ -9,6 +9,7 @@ pub mod budget;
 pub mod disk;
 #[cfg(test)]
 mod faults;
+mod jobs;
 mod pieces;
 
 use std::fs::File;

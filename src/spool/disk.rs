@@ -11,8 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -24,6 +23,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::metrics::{OperationMetrics, SpoolMetrics};
 use crate::spool::budget::Share;
+use crate::spool::jobs::{self, Receiver, Sender};
 
 /// Maximum number of bytes per system call. Most kernels do not interrupt a call for a worker on the same CPU, and
 /// writing 256 KiB takes a millisecond on slow memory.
@@ -116,8 +116,7 @@ impl Disk {
     /// Starts the threads on these files.
     pub(super) fn start(files: Arc<dyn Files>, terms: Terms, metrics: &SpoolMetrics) -> io::Result<Disk> {
         let Terms { threads, queue, nice } = terms;
-        let (sender, receiver) = channel();
-        let receiver = Arc::new(Mutex::new(receiver));
+        let (sender, receiver) = jobs::queue();
         let threads = threads.max(1);
         for number in 0..threads {
             let (files, receiver, metrics) = (files.clone(), receiver.clone(), metrics.clone());
@@ -188,8 +187,8 @@ impl Disk {
     }
 
     fn queue(&self, job: Job) {
-        // If the threads have ended, the job is dropped here, and its waiter receives an error.
-        let _ = self.queue.send(job);
+        // If the threads have ended, the job is dropped, and its waiter receives an error.
+        self.queue.send(job);
     }
 }
 
@@ -212,12 +211,12 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(&self, queue: &Mutex<Receiver<Job>>, nice: i32) {
+    fn run(&self, queue: &Receiver<Job>, nice: i32) {
         // On Linux "the calling process" is the calling thread here.
         if let Err(error) = setpriority_process(None, nice) {
             tracing::warn!("a disk thread has the same priority as the workers: {error}");
         }
-        while let Some(job) = take(queue) {
+        while let Some(job) = queue.next() {
             self.work(job);
         }
     }
@@ -308,12 +307,6 @@ impl Worker {
     }
 }
 
-/// Waits for a job; `None` if there will be no more.
-fn take(queue: &Mutex<Receiver<Job>>) -> Option<Job> {
-    // One thread waits for a job and the others for the lock. A panic does not damage a receiver.
-    queue.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
-}
-
 /// The system calls, one method each, so that tests can simulate a slow, full or failing disk.
 pub(super) trait Files: Send + Sync {
     /// Creates a file without a name.
@@ -361,7 +354,7 @@ fn create_named(dir: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
-    use std::sync::mpsc;
+    use std::sync::{Mutex, mpsc};
     use std::task::{Context, Waker};
 
     use super::*;

@@ -543,9 +543,13 @@ impl Process {
     pub fn still_disk(&self) -> StillDisk {
         let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
         let named_disk = |task: &PathBuf| fs::read(task.join("comm")).is_ok_and(|name| name.starts_with(b"disk-"));
-        let tasks = fs::read_dir(tasks).expect("its threads").flatten().map(|task| task.path()).filter(named_disk);
-        let threads: Vec<i32> = tasks.filter_map(|task| task.file_name()?.to_str()?.parse().ok()).collect();
-        assert!(!threads.is_empty(), "a gateway has disk threads");
+        let threads = || -> Vec<i32> {
+            let tasks = fs::read_dir(&tasks).expect("its threads").flatten().map(|task| task.path());
+            tasks.filter(named_disk).filter_map(|task| task.file_name()?.to_str()?.parse().ok()).collect()
+        };
+        // A thread names itself when it first runs, which on a busy machine may be after the process is ready.
+        let all = || Some(threads()).filter(|threads| threads.len() == DISK_THREADS);
+        let threads = eventually("the names of its disk threads", all);
         for &thread in &threads {
             trace(libc::PTRACE_SEIZE, thread);
             trace(libc::PTRACE_INTERRUPT, thread);
@@ -610,6 +614,9 @@ impl Process {
         eventually("the program to end", || self.child.try_wait().expect("the state of the child"))
     }
 }
+
+/// The default of `server.disk_threads`, which no test changes.
+const DISK_THREADS: usize = 2;
 
 /// An unresponsive disk, while this lives. It must stay on the thread that created it.
 pub struct StillDisk {
