@@ -4,7 +4,7 @@
 //! no type of this module.
 //!
 //! A file passes through these modules in order: `syntax` (YAML), `include` (further files), `interpolate`
-//! (`${…}`), `decode` (types) and `check` (meaning). `place` turns the path of a finding into line and column, and
+//! (`${…}`), `decode` (types) and `check` (meaning); `parse` calls them. `place` turns the path of a finding into line and column, and
 //! `explain` rewords serde's errors. The result is a [`Report`].
 
 // The format: one file per section.
@@ -28,6 +28,7 @@ mod explain;
 pub mod file;
 pub mod include;
 mod interpolate;
+mod parse;
 mod place;
 mod report;
 mod schema;
@@ -171,7 +172,7 @@ impl Config {
     ///
     /// All errors that were found.
     pub fn parse(file: &str, text: &str, kinds: &[FilterKind]) -> Result<Config, Report> {
-        decode::parse(file, text, kinds, &|name| env::var(name).ok())
+        parse::parse(file, text, kinds, &|name| env::var(name).ok())
     }
 
     /// The parsed files before decoding, as far as they can be read; `true`: all of them could be read.

@@ -416,7 +416,12 @@ fn reloads(
     let shown = stage.base.metrics.config();
     let engine = Engine::new(file, load, stage, shown, running, supervisor, changing);
     let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start()?;
-    follower.map_or(Ok(()), |follower| follower.start(reloads.clone()))?;
+    follower.map_or(Ok(()), |follower| {
+        follower.start({
+            let reloads = reloads.clone();
+            move || reloads.apply_if_changed("watch")
+        })
+    })?;
     Ok(reloads)
 }
 

@@ -1,22 +1,18 @@
-//! Decodes text to typed values without stopping at the first error.
+//! Decodes what was written to typed values without stopping at the first error.
 //!
-//! The steps are: YAML to a [`Value`] with all includes, merge keys, `${…}`, then each listener, upstream, route
-//! and filter to its type. A value that does not fit is reported, removed, and the rest is decoded again, so that
-//! one run finds all errors. Removed values are remembered to suppress follow-up errors.
+//! The steps are: `${…}`, then each listener, upstream, route and filter to its type. A value that does not fit is
+//! reported, removed, and the rest is decoded again, so that one run finds all errors. Removed values are remembered
+//! to suppress follow-up errors.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
 
-use serde::de::DeserializeOwned;
-use serde_path_to_error::Segment;
 use serde_yaml::{Mapping, Value};
 
 use super::explain::{Complaint, expected};
-use super::filter::{DecodeError, Decoded, FilterEntry, FilterKind};
-use super::include::{self, Gathered};
+use super::filter::{DecodeError, Decoded, FilterEntry, FilterKind, decode};
 use super::interpolate::{Variables, interpolate};
-use super::report::{Finding, Report, Secret, Spot};
-use super::{Config, Listener, Route, Upstream, check, schema};
+use super::report::{Finding, Secret, Spot};
+use super::{Config, Listener, Route, Upstream};
 use crate::error::path::{self, Step, Tree, join};
 
 /// Limit on reported errors per listener, upstream or route. Decoding restarts after each error, so without a limit
@@ -72,58 +68,9 @@ impl Broken {
     }
 }
 
-/// Runs the whole pipeline.
-pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Variables<'_>) -> Result<Config, Report> {
-    let Gathered { mut source, written, mut findings } = include::gather(file, text, variables);
-    if findings.iter().any(Finding::is_error) {
-        return Err(Report::new(Arc::new(source), findings));
-    }
-
-    let mut decoding = Decoding { kinds, ..Decoding::default() };
-    let parts = decoding.parts(&written, variables);
-    findings.extend(decoding.findings);
-    findings.extend(check::check(&parts, &written, kinds));
-    findings.extend(check::decimal_sizes(&schema::schema(kinds), &written));
-    source.secrets = decoding.secrets;
-
-    let report = Report::new(Arc::new(source), findings);
-    match parts.config() {
-        Some(mut config) if report.errors() == 0 => {
-            config.source = report.source();
-            config.warnings = report;
-            Ok(config)
-        }
-        _ => Err(report),
-    }
-}
-
-/// Decodes a value like the configuration: enums are one-key maps, and errors carry their path.
-///
-/// # Errors
-///
-/// The first value that does not fit, with its path inside `value`.
-pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T, DecodeError> {
-    let mut track = serde_path_to_error::Track::new();
-    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
-    serde_yaml::with::singleton_map_recursive::deserialize(tracked)
-        .map_err(|error: serde_yaml::Error| DecodeError { path: written(&track.path()), message: error.to_string() })
-}
-
-/// Formats the known part of a path in our notation.
-fn written(path: &serde_path_to_error::Path) -> String {
-    let mut text = String::new();
-    for segment in path {
-        text = match segment {
-            Segment::Seq { index } => format!("{text}[{index}]"),
-            Segment::Map { key: name } | Segment::Enum { variant: name } => join(&text, &path::key(name)),
-            Segment::Unknown => break,
-        };
-    }
-    text
-}
-
 impl Parts {
-    fn config(self) -> Option<Config> {
+    /// The configuration; `None` if a part has an error.
+    pub fn config(self) -> Option<Config> {
         Some(Config {
             listeners: self.listeners?.into_iter().collect::<Option<_>>()?,
             upstreams: self
@@ -138,18 +85,27 @@ impl Parts {
     }
 }
 
+/// Decodes one configuration.
 #[derive(Default)]
-struct Decoding<'k> {
+pub(super) struct Decoding<'k> {
     kinds: &'k [FilterKind],
-    findings: Vec<Finding>,
-    secrets: Vec<Secret>,
+    /// The errors so far.
+    pub findings: Vec<Finding>,
+    /// The values that reports must not show.
+    pub secrets: Vec<Secret>,
     broken: Broken,
     /// The original text of scalars that interpolation turned into numbers or booleans.
     texts: HashMap<String, String>,
 }
 
-impl Decoding<'_> {
-    fn parts(&mut self, written: &Value, variables: Variables<'_>) -> Parts {
+impl<'k> Decoding<'k> {
+    /// With these kinds of filters.
+    pub fn new(kinds: &'k [FilterKind]) -> Self {
+        Decoding { kinds, ..Decoding::default() }
+    }
+
+    /// Decodes every part.
+    pub fn parts(&mut self, written: &Value, variables: Variables<'_>) -> Parts {
         let mut root = written.as_mapping().cloned().unwrap_or_default();
         self.interpolate_map(&mut root, "", variables);
 
@@ -455,80 +411,4 @@ fn remove(value: &mut Value, steps: &[Step<'_>]) -> Option<()> {
         _ => return None,
     }
     Some(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::route::ValueMatch;
-    use crate::config::server::Threads;
-
-    fn variable(name: &str) -> Option<String> {
-        let value = match name {
-            "NUMBER" => "123",
-            "FLAG" => "true",
-            "PORT" => "8080",
-            _ => return None,
-        };
-        Some(value.to_owned())
-    }
-
-    fn parsed(more: &str) -> Result<Config, Report> {
-        let text = format!(
-            "listeners: [{{ name: web, address: \"127.0.0.1:${{PORT}}\" }}]\nupstreams: {{ app: {{ endpoints: [{{ address: 127.0.0.1:3000 }}] }} }}\n{more}"
-        );
-        parse("f.yaml", &text, &[], &variable)
-    }
-
-    const ROUTE: &str = "routes: [{ name: all, upstream: app }]\n";
-
-    #[test]
-    fn a_variable_becomes_what_its_place_asks_for() {
-        let config = parsed(
-            "via: ${FLAG}\nserver: { threads: \"${NUMBER}\" }\nroutes: [{ name: \"${NUMBER}\", upstream: app, match: { headers: { x: \"${NUMBER}\", y: \"${FLAG}\" } } }]\n",
-        )
-        .unwrap();
-        assert!(config.via);
-        assert_eq!(config.server.threads, Threads::Fixed(123.try_into().unwrap()));
-        assert_eq!(config.listeners[0].address.0, "127.0.0.1:8080");
-        assert_eq!(config.routes[0].name, "123");
-        assert_eq!(config.routes[0].matches.headers["x"], ValueMatch::Exact("123".to_owned()));
-        assert_eq!(config.routes[0].matches.headers["y"], ValueMatch::Exact("true".to_owned()));
-    }
-
-    #[test]
-    fn a_byte_order_mark_is_no_part_of_the_first_key() {
-        assert!(
-            parse("f.yaml", &format!("\u{feff}version: 1\n{}", "listeners: []\nroutes: []\n"), &[], &variable)
-                .is_err_and(|report| report.errors() == 2)
-        );
-    }
-
-    #[test]
-    fn every_wrong_item_of_a_list_is_found_at_its_place() {
-        let report = parsed(&format!("trusted_proxies:\n  - a\n  - 10.0.0.0/8\n  - b\n  - 10.0.0.0/8\n  - c\n{ROUTE}"))
-            .unwrap_err();
-        let said = report.to_string();
-        for place in ["f.yaml:4:5", "f.yaml:6:5", "f.yaml:8:5"] {
-            assert!(said.contains(place), "{said}");
-        }
-        assert_eq!(report.errors(), 3);
-    }
-
-    #[test]
-    fn what_follows_from_an_error_is_no_error_of_its_own() {
-        let report = parsed("routes: [{ nmae: all, upstrem: app }]\n").unwrap_err();
-        assert_eq!(report.errors(), 2, "{report}");
-    }
-
-    #[test]
-    fn ten_thousand_routes_are_read_in_bearable_time() {
-        let routes: String = (0..10_000)
-            .map(|n| {
-                format!("  - {{ name: r{n}, upstream: app, match: {{ hosts: [h{n}.com], path: {{ prefix: /a }} }} }}\n")
-            })
-            .collect();
-        let config = parsed(&format!("routes:\n{routes}")).unwrap();
-        assert_eq!(config.routes.len(), 10_000);
-    }
 }

@@ -9,10 +9,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_path_to_error::Segment;
 use serde_yaml::Value;
 
-pub use super::decode::decode;
+use crate::error::path::{self, join};
 
 /// The settings of one filter, decoded to the type that its filter declared.
 pub type Settings = Arc<dyn Any + Send + Sync>;
@@ -81,4 +83,29 @@ impl JsonSchema for FilterEntry {
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "type": "object", "minProperties": 1, "maxProperties": 2 })
     }
+}
+
+/// Decodes a value like the configuration: enums are one-key maps, and errors carry their path.
+///
+/// # Errors
+///
+/// The first value that does not fit, with its path inside `value`.
+pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T, DecodeError> {
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
+    serde_yaml::with::singleton_map_recursive::deserialize(tracked)
+        .map_err(|error: serde_yaml::Error| DecodeError { path: written(&track.path()), message: error.to_string() })
+}
+
+/// Formats the known part of a path in our notation.
+fn written(path: &serde_path_to_error::Path) -> String {
+    let mut text = String::new();
+    for segment in path {
+        text = match segment {
+            Segment::Seq { index } => format!("{text}[{index}]"),
+            Segment::Map { key: name } | Segment::Enum { variant: name } => join(&text, &path::key(name)),
+            Segment::Unknown => break,
+        };
+    }
+    text
 }

@@ -99,7 +99,7 @@ fn redact(value: &mut Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::decode;
+    use crate::config::parse;
     use crate::filter::Catalog;
 
     #[test]
@@ -118,7 +118,7 @@ admin: { token: open-sesame-0123456789 }
             "OLD" => Some("fedcba9876543210".to_owned()),
             _ => None,
         };
-        let config = decode::parse("test.yaml", text, Catalog::builtin().kinds(), &variable);
+        let config = parse::parse("test.yaml", text, Catalog::builtin().kinds(), &variable);
         let shown = config.unwrap_or_else(|report| panic!("{report}")).shown();
         assert_eq!(shown["upstreams"]["app"]["endpoints"][0]["address"], "${HOST}:80");
         let secret = &shown["upstreams"]["app"]["load_balancing"]["sticky"]["cookie"]["secret"];

@@ -15,8 +15,6 @@ use std::time::{Duration, Instant};
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use super::reload::Reloads;
-
 /// Delay between the first event and the reload: editors and copies write in several steps.
 const SETTLE: Duration = Duration::from_millis(200);
 
@@ -84,16 +82,16 @@ impl Follower {
         self.watched.clone()
     }
 
-    /// Watches on its own thread until the process ends.
+    /// Watches on its own thread until the process ends, and calls `reload` when files may have changed.
     ///
     /// # Errors
     ///
     /// The system has no thread left.
-    pub fn start(self, reloads: Reloads) -> std::io::Result<()> {
-        thread::Builder::new().name("watch".to_owned()).spawn(move || self.run(&reloads)).map(drop)
+    pub fn start(self, reload: impl Fn() + Send + 'static) -> std::io::Result<()> {
+        thread::Builder::new().name("watch".to_owned()).spawn(move || self.run(&reload)).map(drop)
     }
 
-    fn run(self, reloads: &Reloads) {
+    fn run(self, reload: &impl Fn()) {
         let told = self.watched.told.clone();
         let mut watch = Watch::new(move |event: notify::Result<notify::Event>| {
             // Ignores read access, which comes from Forebay itself.
@@ -106,7 +104,7 @@ impl Follower {
             let new = watch.look_at(&self.watched.lock().clone());
             if new {
                 // Detects changes from before the watch began.
-                reloads.apply_if_changed("watch");
+                reload();
             }
             if self.changes.recv_timeout(REFRESH).is_ok() {
                 // Events during the delay belong to the same change. Other files, such as a log, may cause events
@@ -114,7 +112,7 @@ impl Follower {
                 let begun = Instant::now();
                 while begun.elapsed() < SETTLE_MAX && self.changes.recv_timeout(SETTLE).is_ok() {}
             }
-            reloads.apply_if_changed("watch");
+            reload();
         }
     }
 }

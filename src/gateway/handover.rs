@@ -22,7 +22,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::inherited::{Label, Opener};
+use super::inherited::Label;
+use super::sockets::Opener;
 
 /// The environment variable that marks standard input as such a socket. Its value is the protocol version.
 pub const VARIABLE: &str = "FOREBAY_UPGRADE";

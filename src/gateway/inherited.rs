@@ -18,7 +18,7 @@ use crate::config::Address;
 use crate::config::units::FileMode;
 
 use super::lock;
-use super::sockets::Socket;
+use super::sockets::{Opener, Socket};
 
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST: RawFd = 3;
@@ -37,16 +37,6 @@ struct InheritedSocket {
     bound: Bound,
     fd: OwnedFd,
     used: bool,
-}
-
-/// The process that opened an inherited socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Opener {
-    /// The service manager, which keeps it open and owns the file of a unix socket.
-    ServiceManager,
-    /// The previous process.
-    Predecessor,
 }
 
 /// The label of a socket.

@@ -13,15 +13,25 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::admin::reception::Reception;
 use crate::client::acceptor::Acceptor;
 use crate::config::Address;
 use crate::config::units::FileMode;
 
-use super::inherited::Opener;
-
 /// Limit on connections that wait in the kernel to be accepted, as in Pingora.
 const BACKLOG: i32 = 65_535;
+
+/// The process that opened an inherited socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Opener {
+    /// The service manager, which keeps it open and owns the file of a unix socket.
+    ServiceManager,
+    /// The previous process.
+    Predecessor,
+}
 
 /// A bound socket.
 pub struct Socket {

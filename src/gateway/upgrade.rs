@@ -31,11 +31,11 @@ use crate::config::server;
 use crate::metrics::upgrade::UpgradeMetrics;
 
 use super::handover::{AT_ONCE, Channel, FromNew, FromOld, Heard, Passed, VARIABLE, VERSION};
-use super::inherited::{Inherited, Label, Opener};
+use super::inherited::{Inherited, Label};
 use super::lock;
 use super::older_processes::OlderProcesses;
 use super::pid_file::PidFile;
-use super::sockets::OpenSocket;
+use super::sockets::{OpenSocket, Opener};
 use super::supervisor::Supervisor;
 
 /// Timeout for steps of the new process that do not wait.

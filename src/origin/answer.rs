@@ -74,7 +74,7 @@ pub async fn answer(wire: &mut Wire, request: &Request, target: &Uri, counters: 
         Behaviour::Drip { pieces, pause } => response.drip(pieces, pause).await,
         Behaviour::Status(status) => response.status(status).await,
         Behaviour::Events(events) => response.events(events).await,
-        Behaviour::WebSocket => websocket::answer(response, request).await,
+        Behaviour::WebSocket => response.websocket(request).await,
         Behaviour::EarlyHints => response.early_hints().await,
         Behaviour::Trailers => response.trailers().await,
         Behaviour::Fault(kind) => fault(wire, kind).await,
@@ -339,6 +339,18 @@ impl<'w> Response<'w> {
             }
         }
         self.end(&[]).await
+    }
+
+    /// Echoes messages if the request is a handshake; otherwise responds with 426.
+    async fn websocket(mut self, request: &Request) -> Result<Next, Broken> {
+        let Some(switched) = websocket::accept(request) else {
+            let fields = [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")];
+            self.begin(StatusCode::UPGRADE_REQUIRED, &fields, Some(0));
+            return self.end(&[]).await;
+        };
+        self.wire.send(switched.as_bytes()).await?;
+        websocket::echo(self.wire).await?;
+        Ok(Next::Close)
     }
 
     /// RFC 8297. An HTTP/1.0 client receives no interim responses (RFC 9110 §15.2).

@@ -3,11 +3,10 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::BytesMut;
+use http::Method;
 use http::header::{CONNECTION, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
-use http::{Method, StatusCode};
 use pingora::tls::hash::{MessageDigest, hash};
 
-use super::answer::{Next, Response};
 use super::wire::{Broken, Request, Wire};
 
 /// Maximum length of an echoed frame. A longer one closes the connection.
@@ -17,18 +16,12 @@ const CLOSE: u8 = 8;
 const PING: u8 = 9;
 const PONG: u8 = 10;
 
-/// Performs the handshake and echoes until the peer closes. A request without an upgrade receives a 426 response.
-pub async fn answer(mut response: Response<'_>, request: &Request) -> Result<Next, Broken> {
-    let Some(accept) = accept_key(request) else {
-        let fields = [("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")];
-        response.begin(StatusCode::UPGRADE_REQUIRED, &fields, Some(0));
-        return response.end(&[]).await;
-    };
-    let switched = format!(
+/// The response to a handshake; `None` if the request is not one.
+pub fn accept(request: &Request) -> Option<String> {
+    let accept = accept_key(request)?;
+    Some(format!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {accept}\r\n\r\n"
-    );
-    response.wire.send(switched.as_bytes()).await?;
-    echo(response.wire).await
+    ))
 }
 
 /// The value of `Sec-WebSocket-Accept`, which proves that the server understood the handshake (RFC 6455 §4.2.2). `None`
@@ -43,7 +36,8 @@ fn accept_key(request: &Request) -> Option<String> {
     hash(MessageDigest::sha1(), &proof).ok().map(|digest| BASE64.encode(digest))
 }
 
-async fn echo(wire: &mut Wire) -> Result<Next, Broken> {
+/// Echoes each message until the peer closes or breaks the protocol.
+pub async fn echo(wire: &mut Wire) -> Result<(), Broken> {
     loop {
         let start = wire.exactly(2).await?;
         let (first, masked) = (start[0], start[1] & 0x80 != 0);
@@ -53,7 +47,7 @@ async fn echo(wire: &mut Wire) -> Result<Next, Broken> {
             length => u64::from(length),
         };
         if !masked || length > FRAME_BYTES_MAX {
-            return Ok(Next::Close);
+            return Ok(());
         }
         let mask: [u8; 4] = array(&wire.exactly(4).await?);
         let mut payload = BytesMut::from(wire.exactly(length as usize).await?);
@@ -66,7 +60,7 @@ async fn echo(wire: &mut Wire) -> Result<Next, Broken> {
         }
         if first & 0x0f == CLOSE {
             wire.close().await;
-            return Ok(Next::Close);
+            return Ok(());
         }
     }
 }

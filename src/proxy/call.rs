@@ -32,7 +32,7 @@ use crate::phase::Phase;
 use crate::phase::journal::steps;
 use crate::spool::Held;
 use crate::upstream::transport::tls::Flaw;
-use crate::upstream::transport::{connector, final_status};
+use crate::upstream::transport::{connector, final_status, limit};
 use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};
 
 /// Maximum number of idle connections for calls, over all upstreams.
@@ -89,9 +89,9 @@ impl Line<'_> {
         mut take: impl FnMut(Bytes) -> bool,
     ) -> Result<ResponseHeader> {
         let Line { connector, upstream, mut peer } = self;
-        connector::take_limit(&mut peer);
+        limit::take_limit(&mut peer);
         let Timeouts { connect, send, wait, receive } = upstream.timeouts;
-        let (mut session, reused) = connector::connected(connect, connector.get_http_session(&*peer)).await?;
+        let (mut session, reused) = limit::connected(connect, connector.get_http_session(&*peer)).await?;
         if let Some(flaw) = Flaw::of(session.digest()) {
             // Dropping the session closes the connection, so that no other request gets it.
             return Error::e_explain(ErrorType::InvalidCert, flaw.to_string());

@@ -9,6 +9,7 @@ pub mod dial;
 pub mod greeting;
 pub mod http1;
 pub mod http2;
+pub mod limit;
 pub mod pair;
 pub mod tls;
 pub mod tunnel;

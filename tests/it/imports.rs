@@ -97,6 +97,100 @@ fn imports_point_down_and_never_round_in_a_circle() {
     assert!(edges.is_empty(), "these import each other: {edges:?}");
 }
 
+/// The paths of all modules below `src`, each with its code.
+fn all_modules() -> Vec<(Vec<String>, String)> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let for_tests = Regex::new(r"#\[cfg\(test\)\]\s+(?:pub(?:\(\w+\))? )?mod (\w+);").expect("a pattern");
+    let sources = files(&src).into_iter().map(|file| {
+        let inner = file.strip_prefix(&src).expect("a file of src").with_extension("");
+        let path: Vec<_> = inner.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        (path, fs::read_to_string(&file).expect("a source file"))
+    });
+    let sources: Vec<_> = sources.collect();
+    let tests: BTreeSet<Vec<String>> = sources
+        .iter()
+        .flat_map(|(path, text)| {
+            let named = for_tests.captures_iter(text).map(|found| found[1].to_owned());
+            named.map(|name| path.iter().cloned().chain([name]).collect()).collect::<Vec<_>>()
+        })
+        .collect();
+    let code = |text: &str| {
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        code.lines().filter(|line| !line.trim_start().starts_with("//")).map(|line| format!("{line}\n")).collect()
+    };
+    let sources = sources.into_iter().filter(|(path, _)| !tests.contains(path));
+    sources.map(|(path, text)| (path, code(&text))).collect()
+}
+
+/// The paths that this module names with `crate`, `super` or `self`, from the root of the crate.
+fn named_paths(module: &[String], code: &str) -> Vec<Vec<String>> {
+    fn expand(prefix: &str, tree: &str, paths: &mut Vec<String>) {
+        let (mut depth, mut begin) = (0, 0);
+        for (index, letter) in tree.char_indices().chain([(tree.len(), ',')]) {
+            match letter {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                ',' if depth == 0 => {
+                    let one = tree[begin..index].trim();
+                    begin = index + 1;
+                    match one.strip_suffix('}').and_then(|one| one.split_once('{')) {
+                        Some((more, inner)) => expand(&format!("{prefix}{more}"), inner, paths),
+                        None => paths.push(format!("{prefix}{one}")),
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    let tree = Regex::new(r"\buse\s+([^;]+);").expect("a pattern");
+    let inline = Regex::new(r"\b(?:crate|super|self)(?:::\w+)+").expect("a pattern");
+    let mut paths = Vec::new();
+    tree.captures_iter(code).for_each(|found| expand("", &found[1], &mut paths));
+    paths.extend(inline.find_iter(code).map(|found| found.as_str().to_owned()));
+    let absolute = |path: String| {
+        let steps: Vec<_> = path.split("::").map(str::to_owned).collect();
+        let up = steps.iter().take_while(|step| *step == "super").count();
+        match steps[0].as_str() {
+            "crate" => Some(steps[1..].to_vec()),
+            "super" => Some([&module[..module.len().checked_sub(up)?], &steps[up..]].concat()),
+            "self" => Some([module, &steps[1..]].concat()),
+            _ => None,
+        }
+    };
+    paths.into_iter().filter_map(absolute).collect()
+}
+
+/// A module that imports none of the others, or that none of the others imports.
+fn outside_a_circle<'m>(edges: &BTreeMap<&'m str, BTreeSet<String>>) -> Option<&'m str> {
+    let imported: BTreeSet<&str> = edges.values().flatten().map(String::as_str).collect();
+    let imports_none = |to: &BTreeSet<String>| to.iter().all(|to| !edges.contains_key(to.as_str()));
+    edges.iter().find(|(name, to)| imports_none(to) || !imported.contains(*name)).map(|(name, _)| *name)
+}
+
+/// A listener, its connections, and what a connection becomes refer to each other.
+const CIRCLES: &[(&str, &[&str])] = &[("client", &["connection", "http2", "relay", "stream", "tls"])];
+
+#[test]
+fn the_modules_of_a_folder_never_import_each_other_in_a_circle() {
+    let modules = all_modules();
+    let folders: BTreeSet<&[String]> = modules.iter().map(|(path, _)| &path[..path.len() - 1]).collect();
+    for folder in folders {
+        let mut edges: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for (path, code) in modules.iter().filter(|(path, _)| path.starts_with(folder) && path.len() > folder.len()) {
+            let own = &path[folder.len()];
+            let named = named_paths(path, code).into_iter().filter(|to| to.starts_with(folder));
+            let named = named.filter_map(|to| to.get(folder.len()).cloned()).filter(|to| to != own);
+            edges.entry(own).or_default().extend(named);
+        }
+        while let Some(name) = outside_a_circle(&edges) {
+            edges.remove(name);
+        }
+        let folder = folder.join("/");
+        let known = CIRCLES.iter().find(|(name, _)| *name == folder).map_or(&[][..], |(_, known)| known);
+        assert_eq!(edges.keys().copied().collect::<Vec<_>>(), known, "in `src/{folder}`: {edges:?}");
+    }
+}
+
 #[test]
 fn only_proxy_and_client_know_the_session_of_pingora() {
     let session = Regex::new(r"\bSession\b").expect("a pattern");

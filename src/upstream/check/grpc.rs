@@ -17,7 +17,7 @@ use super::connector::connector;
 use super::http::{alone, host, request};
 use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::GrpcCheck;
-use crate::upstream::transport::connector::connected;
+use crate::upstream::transport::limit::connected;
 use crate::upstream::transport::readable;
 use crate::upstream::transport::tls::Flaw;
 

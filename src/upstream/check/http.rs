@@ -18,8 +18,8 @@ use super::connector::connector;
 use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::{HttpCheck, Statuses};
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::transport::connector::{connected, take_limit};
 use crate::upstream::transport::final_status;
+use crate::upstream::transport::limit::{connected, take_limit};
 use crate::upstream::transport::tls::Flaw;
 
 /// At most this much of a body is searched for the text.

@@ -18,7 +18,7 @@ use super::http::Http;
 use super::target::{endpoint, sound};
 use crate::config;
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::transport::connector::{connected, take_limit};
+use crate::upstream::transport::limit::{connected, take_limit};
 use crate::upstream::transport::tls::Flaw;
 
 /// A health check.

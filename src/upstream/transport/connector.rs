@@ -16,7 +16,7 @@ use pingora::{Error, ErrorType, Result};
 
 use super::http1::Followed;
 use super::http2::{Exchange, Http2};
-use crate::party::wait::{FAR, NoClient, within};
+use super::limit::{connected, take_limit};
 
 /// Markers for Pingora's proxy only: on the wire they are `http/1.1` and `h2`.
 static HTTP1: LazyLock<CustomALPN> = LazyLock::new(|| CustomALPN::new(b"forebay-h1".to_vec()));
@@ -30,23 +30,6 @@ pub fn mark(peer: &mut HttpPeer, http1: bool) {
 /// Whether it is marked for HTTP/1.
 fn is_http1(peer: &impl Peer) -> bool {
     peer.get_peer_options().is_some_and(|options| matches!(&options.alpn, ALPN::Custom(marked) if *marked == *HTTP1))
-}
-
-/// Removes the time limit for a connection from a peer, and returns it for [`connected`]. Pingora would enforce it by a
-/// clock that also runs while the gateway does not.
-pub fn take_limit(peer: &mut HttpPeer) -> Duration {
-    let limits = [peer.options.total_connection_timeout.take(), peer.options.connection_timeout.take()];
-    limits.into_iter().flatten().next().unwrap_or(FAR)
-}
-
-/// Waits for a connection of Pingora's connectors, TLS handshake included.
-///
-/// # Errors
-///
-/// Those of the connector, and `ConnectTimedout` after `limit`.
-pub async fn connected<T>(limit: Duration, connects: impl Future<Output = Result<T>>) -> Result<T> {
-    let late = || Error::explain(ErrorType::ConnectTimedout, format!("{limit:?} have passed"));
-    within(limit, NoClient::Within, connects).await.ok_or_else(late)?
 }
 
 /// The connector; see the module.

@@ -31,7 +31,7 @@ use pingora::protocols::{Digest, Stream, UniqueIDType};
 use pingora::upstreams::peer::{ALPN, HttpPeer, Peer};
 use pingora::{Error, ErrorType, OrErr, Result, RetryType};
 
-use super::connector::{connected, take_limit};
+use super::limit::{connected, take_limit};
 use crate::eventloop::worker;
 use crate::party::pauses::Pauses;
 use crate::party::wait::{Ended, Eye, FAR, NoClient, Wait, within};
