@@ -145,6 +145,13 @@ pub struct Timeouts {
     pub receive: Duration,
 }
 
+impl Timeouts {
+    /// After a switch to another protocol: the maximum time without bytes in either direction.
+    pub fn idle(&self) -> Duration {
+        self.wait.max(self.receive)
+    }
+}
+
 /// The protocol to the endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spoken {

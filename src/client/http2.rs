@@ -35,6 +35,7 @@ use super::kept::Kept;
 use super::remains;
 use super::stream::ClientStream;
 use crate::error::{Refusal, refusal};
+use crate::party::wait::{FAR, NoClient, within};
 use conduct::Offence;
 use guard::{Guard, Watch};
 
@@ -313,7 +314,11 @@ impl Stream {
     async fn write(&mut self, data: Bytes, end: bool) -> Result<()> {
         let Some(mut send) = self.sending()? else { return Ok(()) };
         let bytes = data.len();
-        let written = write_body(&mut send, data, end, self.write_timeout).await;
+        let limit = self.write_timeout.unwrap_or(FAR);
+        // The library's own limit would also run while the gateway does not.
+        let written = within(limit, NoClient::ItsIo, write_body(&mut send, data, end, None)).await;
+        let late = || Error::e_explain(ErrorType::WriteTimedout, format!("{limit:?} have passed"));
+        let written = written.unwrap_or_else(late);
         self.sent(send, if written.is_ok() { bytes } else { 0 }, end && written.is_ok());
         written
     }

@@ -315,7 +315,7 @@ impl Attempt {
     }
 
     /// Time at which the endpoint last received a part of the request.
-    pub fn waits_since(&self) -> Instant {
+    fn waits_since(&self) -> Instant {
         self.given.or(self.connected).unwrap_or(self.chosen)
     }
 

@@ -39,6 +39,9 @@ pub fn made(
         if reused { metrics.connects_reused.inc() } else { metrics.connects_new.inc() }
     }
     exchange.attempts.channel.tail = Tail::of(digest);
+    if let (Some(tail), Some(upstream)) = (&exchange.attempts.channel.tail, &exchange.routing.upstream) {
+        tail.limit_sending(upstream.timeouts.send);
+    }
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let (Some(link), true) = (&exchange.link, http1) {
         link.set_window(Some(Window::new(socket)));

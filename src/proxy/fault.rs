@@ -11,6 +11,7 @@ use super::exchange::Exchange;
 use crate::party::limits::DELAY_MAX;
 use crate::party::{DelaysEndpoint, Fault, Party, What};
 use crate::phase::Phase;
+use crate::upstream::transport::http1::Failure;
 use crate::upstream::transport::http2::HUNG_UP;
 
 /// The fault of an exchange whose last attempt ended with this error.
@@ -29,8 +30,13 @@ pub fn is_served(exchange: &Exchange, fault: Fault) -> bool {
 pub fn found(exchange: &Exchange) -> Option<Fault> {
     let stream = exchange.client.fault();
     let endpoint = || {
-        let malformed = exchange.attempts.channel.tail.as_ref().is_some_and(|tail| tail.is_malformed());
-        malformed.then(|| Fault::new(Party::Endpoint, exchange.phase(), What::Malformed))
+        let (failure, phase) = (exchange.attempts.channel.tail.as_ref()?.failure()?, exchange.phase());
+        Some(match failure {
+            Failure::Malformed => Fault::new(Party::Endpoint, phase, What::Malformed),
+            Failure::Untaken => Fault::new(Party::Endpoint, Phase::Send, What::Silent),
+            // Neither side had to send bytes.
+            Failure::Idle => Fault::new(Party::Gateway, phase, What::Silent),
+        })
     };
     let found = stream.or_else(|| exchange.link.as_ref()?.fault()).or_else(endpoint)?;
     let whenever = matches!(found.what, What::Left | What::Stopped);
@@ -62,8 +68,7 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
     match error.etype() {
         // This timeout runs only while there are bytes to write.
         WriteTimedout => Fault::new(Party::Endpoint, Phase::Send, What::Silent),
-        // Forebay's own clocks are more precise, but an upgraded exchange has none.
-        ReadTimedout if phase == Phase::Wait && has_had_its_time(exchange) => endpoint(What::Silent),
+        // The clocks of the session are more precise.
         ReadTimedout => Fault::new(Party::Gateway, phase, What::Silent),
         ConnectionClosed | ReadError | WriteError | H2Error => {
             let kept = reused && exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
@@ -79,16 +84,6 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
         }
         _ => endpoint(What::Malformed),
     }
-}
-
-/// Whether the exchange waited long enough for an endpoint that could have switched protocols, and not for its client.
-fn has_had_its_time(exchange: &Exchange) -> bool {
-    let (None, Some(attempt), Some(upstream)) =
-        (&exchange.link, &exchange.attempts.present, &exchange.routing.upstream)
-    else {
-        return false;
-    };
-    attempt.waits_since().elapsed() >= upstream.timeouts.wait
 }
 
 /// The meaning of a connection that breaks off after other parties kept its endpoint waiting for this time.

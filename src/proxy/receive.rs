@@ -178,7 +178,8 @@ fn begin(exchange: &mut Exchange, request: &RequestHeader, response: &ResponseHe
 fn switched(exchange: &Exchange) {
     let tunnel = Arc::<Tunnel>::default();
     if let Some(tail) = &exchange.attempts.channel.tail {
-        tail.switch(tunnel.clone());
+        let idle = exchange.routing.upstream.as_ref().map(|upstream| upstream.timeouts.idle());
+        tail.switch(tunnel.clone(), idle);
     }
     if let Some(connection) = &exchange.client.connection {
         connection.switch_to_raw(tunnel);

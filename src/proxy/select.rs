@@ -64,9 +64,7 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let Some(route) = &exchange.routing.route {
         exchange.deadlines.begin_attempt(route.retry.per_try_timeout(), &mut peer, now);
-        // A request for an upgrade has no body, and a 101 removes the session: Pingora's read timeout is correct there,
-        // and the only one.
-        if exchange.link.is_some() && exchange.request.upgrade.is_none() {
+        if exchange.link.is_some() {
             exchange.deadlines.leave_clocks_to_session(route.intake.total, http1, &mut peer);
         }
     }

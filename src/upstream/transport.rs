@@ -181,9 +181,9 @@ impl Transport {
         options.connection_timeout = Some(self.timeouts.connect);
         options.total_connection_timeout = Some(self.timeouts.connect);
         options.write_timeout = Some(self.timeouts.send);
-        // Pingora has one timer for `wait` and `receive`, and it also runs while another party is waited for. It
-        // suits upgrades, whose requests have no body; other exchanges have their own timers (`party/limits.rs`).
-        options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
+        // There is one such timer for `wait` and `receive`, and it also runs while another party is waited for. So
+        // exchanges have their own (`party/limits.rs`), and so have tunnels (`http1.rs`).
+        options.read_timeout = Some(self.timeouts.idle());
         options.idle_timeout = Some(self.idle);
         match self.protocol {
             Protocol::Http1 => options.set_http_version(1, 1),

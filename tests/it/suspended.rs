@@ -14,7 +14,7 @@ use forebay::phase::Phase;
 
 use crate::harness::client::request;
 use crate::harness::gateway::{Process, Watched};
-use crate::harness::origin::{built_in, ok};
+use crate::harness::origin::{Connection, built_in, ok};
 use crate::harness::secure::{Authority, Layers, Secure};
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, DEADLINE, H2Origin, Origin, Setup, eventually, ms};
@@ -350,4 +350,74 @@ fn a_passed_connection_is_not_idle_while_the_gateway_is_suspended() {
     thread::sleep(LIMIT / 5);
     client.send(b"later");
     assert_eq!(client.bytes(5), b"later");
+}
+
+/// An endpoint that agrees to another protocol, and then does `play`.
+fn agreeing(play: impl Fn(Connection) + Send + Sync + 'static) -> Origin {
+    Origin::playing(move |mut connection| {
+        connection.header();
+        connection.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n");
+        play(connection);
+    })
+}
+
+/// A client whose endpoint has agreed to another protocol.
+fn upgraded(process: &Process) -> Client {
+    let mut client = process.client();
+    client.send(request("GET", "/", "Connection: Upgrade\r\nUpgrade: websocket\r\n", b""));
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.extend(client.bytes(1));
+    }
+    assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
+    client
+}
+
+#[test]
+fn a_tunnel_is_not_idle_while_the_gateway_is_suspended() {
+    let origin = agreeing(|connection| {
+        let mut wire = connection.into_wire();
+        loop {
+            let bytes = wire.what_is_there();
+            if bytes.is_empty() || wire.send(bytes).is_err() {
+                return;
+            }
+        }
+    });
+    let timeouts = format!("timeouts: {{ connect: 60s, send: 60s, {}, {} }}", limit("wait"), limit("receive"));
+    let process = Setup::before(&origin).upstream(&timeouts).spawn();
+    let mut client = upgraded(&process);
+    client.send(b"first");
+    assert_eq!(client.bytes(5), b"first");
+    suspend(&process, || ());
+    thread::sleep(LIMIT / 5);
+    client.send(b"later");
+    assert_eq!(client.bytes(5), b"later");
+    let silent_since = Instant::now();
+    client.closed();
+    assert!(silent_since.elapsed() >= LIMIT * 9 / 10, "{:?}", silent_since.elapsed());
+    assert_eq!(process.log_line().reason(), "receive.timeout");
+}
+
+#[test]
+fn an_endpoint_has_its_time_to_read_from_a_tunnel() {
+    let piece = [b'x'; 64 << 10];
+    let (open, opened) = mpsc::channel();
+    let opened = Mutex::new(opened);
+    let origin = agreeing(move |connection| {
+        opened.lock().unwrap().recv_timeout(DEADLINE).expect("the story goes on");
+        let mut wire = connection.into_wire();
+        while !wire.what_is_there().ends_with(b"!") {}
+        wire.send(b"all").expect("the gateway takes bytes");
+        wire.rest();
+    });
+    let timeouts = format!("timeouts: {{ connect: 60s, {}, wait: 60s, receive: 60s }}", limit("send"));
+    let process = Setup::before(&origin).upstream(&timeouts).spawn();
+    let mut client = upgraded(&process);
+    client.fill(&piece);
+    suspend(&process, || ());
+    thread::sleep(LIMIT / 5);
+    open.send(()).expect("the endpoint waits");
+    client.send(b"!");
+    assert_eq!(client.bytes(3), b"all");
 }

@@ -591,6 +591,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("upstream/discovery.rs", 3, "the pauses of a background task"),
     ("upstream/discovery/file.rs", 3, "the pauses of a background task"),
     ("upstream/ejector.rs", 3, "the pauses of a background task"),
+    ("upstream/transport/http1.rs", 1, "the deadlines of a connection; `Link::watch` has the eye"),
     ("upstream/transport/http2.rs", 2, "the time for which a connection is kept while nobody uses it"),
     ("upstream/transport/pair.rs", 1, "two connections that are being made, each with the deadline of its peer"),
 ];

@@ -24,6 +24,11 @@ static HTTP2: LazyLock<CustomALPN> = LazyLock::new(|| CustomALPN::new(b"forebay-
 
 /// Marks a peer for this connector, with HTTP/1 or HTTP/2.
 pub fn mark(peer: &mut HttpPeer, http1: bool) {
+    if http1 {
+        // The observed stream has these limits; Pingora would enforce them by a clock that also runs while the gateway
+        // does not.
+        (peer.options.read_timeout, peer.options.write_timeout) = (None, None);
+    }
     peer.options.alpn = ALPN::Custom(CustomALPN::clone(if http1 { &HTTP1 } else { &HTTP2 }));
 }
 

@@ -2,13 +2,14 @@
 //!
 //! Pingora handles HTTP/1, but discards response trailers and sends no request trailers. So it gets a [`Followed`]
 //! stream, which sees the same bytes: it collects response trailers, inserts request trailers into the last chunk,
-//! and ends a response with malformed chunks. Exchange and stream share a [`Tail`].
+//! and ends a response with malformed chunks. It also has the time limits of the connection, since Pingora's run while
+//! the gateway itself does not. Exchange and stream share a [`Tail`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
@@ -26,6 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::tunnel::{Tunnel, Way};
 use crate::framing::follow;
+use crate::party::wait::Timer;
 
 /// Shared by an exchange and its connection to an endpoint: the state of the message ends.
 #[derive(Debug, Default)]
@@ -40,10 +42,30 @@ struct State {
     request: follow::Request,
     /// The last chunk of the request, with trailers.
     last_chunk: Option<Bytes>,
-    /// The response has malformed chunks.
-    malformed: bool,
     /// Client and endpoint have switched to another protocol.
     tunnel: Option<Arc<Tunnel>>,
+    limits: Limits,
+    failure: Option<Failure>,
+}
+
+/// The time limits of a connection. `None`: it has no such limit.
+#[derive(Clone, Copy, Debug, Default)]
+struct Limits {
+    /// For an endpoint that accepts no bytes.
+    send: Option<Duration>,
+    /// For a tunnel without bytes in either direction.
+    idle: Option<Duration>,
+}
+
+/// Why a connection failed. Pingora's error does not name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The response has malformed chunks.
+    Malformed,
+    /// The endpoint accepted no bytes for too long.
+    Untaken,
+    /// After a switch to another protocol, no byte passed in either direction for too long.
+    Idle,
 }
 
 impl Tail {
@@ -57,7 +79,7 @@ impl Tail {
         let state = &mut *self.state();
         state.answer.begin(head_only);
         state.request.begin(in_chunks);
-        (state.last_chunk, state.malformed) = (None, false);
+        (state.last_chunk, state.failure) = (None, None);
     }
 
     /// Ends a chunked request with this last chunk, which contains trailers. It must not have been sent yet.
@@ -75,20 +97,36 @@ impl Tail {
         self.state().answer.take_trailers()
     }
 
-    /// Whether the response has malformed chunks.
-    pub fn is_malformed(&self) -> bool {
-        self.state().malformed
+    /// Why the connection failed, if this is known here.
+    pub fn failure(&self) -> Option<Failure> {
+        self.state().failure
     }
 
-    /// Client and endpoint have switched protocols: each direction now ends separately.
-    pub fn switch(&self, tunnel: Arc<Tunnel>) {
+    /// Sets the maximum time in which the endpoint accepts no bytes.
+    pub fn limit_sending(&self, send: Duration) {
+        self.state().limits.send = Some(send);
+    }
+
+    /// Client and endpoint have switched protocols: each direction now ends separately. `idle` is the maximum time
+    /// without bytes in either direction.
+    pub fn switch(&self, tunnel: Arc<Tunnel>, idle: Option<Duration>) {
         let state = &mut *self.state();
         tunnel.has_read(Way::Down, state.answer.tunneled());
         state.tunnel = Some(tunnel);
+        state.limits.idle = idle;
     }
 
     fn tunnel(&self) -> Option<Arc<Tunnel>> {
         self.state().tunnel.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.state().limits
+    }
+
+    /// Records why the connection failed. Only the first failure counts.
+    fn fail(&self, failure: Failure) {
+        self.state().failure.get_or_insert(failure);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -99,7 +137,7 @@ impl Tail {
     fn received(&self, bytes: &[u8]) -> io::Result<()> {
         let state = &mut *self.state();
         state.answer.take(bytes).map_err(|_| {
-            state.malformed = true;
+            state.failure.get_or_insert(Failure::Malformed);
             io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")
         })?;
         if let Some(tunnel) = &state.tunnel {
@@ -136,6 +174,20 @@ pub struct Followed {
     digest: Arc<ProxyDigest>,
     /// The last chunk that replaces Pingora's while it is being sent.
     leaving: Option<Bytes>,
+    /// The wait for an endpoint that accepts no bytes.
+    untaken: Option<Still>,
+    /// The wait for bytes in a tunnel.
+    silent: Option<Still>,
+}
+
+/// A wait without progress: its beginning, and the timer of its limit.
+type Still = (Instant, Timer);
+
+/// Whether a wait without progress, which begins now if there is none, has reached its limit.
+fn is_over(cx: &mut Context<'_>, still: &mut Option<Still>, limit: Option<Duration>) -> bool {
+    let Some(limit) = limit else { return false };
+    let (since, timer) = still.get_or_insert_with(|| (tokio::time::Instant::now().into_std(), Timer::default()));
+    timer.poll_limit(cx, *since, limit).is_ready()
 }
 
 impl Followed {
@@ -149,12 +201,10 @@ impl Followed {
         // The type is meant for the response of a CONNECT proxy; none is involved here.
         let answer = Box::new(ResponseHeader::build(200, Some(0))?);
         let digest = Arc::new(ProxyDigest::new(answer, Some(Box::new(tail.clone()))));
-        Ok(Followed { io, tail, digest, leaving: None })
+        Ok(Followed { io, tail, digest, leaving: None, untaken: None, silent: None })
     }
-}
 
-impl AsyncRead for Followed {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let tunnel = self.tail.tunnel();
         if let Some(tunnel) = &tunnel {
             // If the endpoint does not accept the shutdown, it has gone, and reading will report that.
@@ -183,11 +233,9 @@ impl AsyncRead for Followed {
             _ => Poll::Ready(received),
         }
     }
-}
 
-impl AsyncWrite for Followed {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let Followed { io, tail, leaving, .. } = self.get_mut();
+    fn poll_send(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let Followed { io, tail, leaving, .. } = self;
         if leaving.is_none() {
             *leaving = tail.instead_of(bytes);
         }
@@ -206,13 +254,9 @@ impl AsyncWrite for Followed {
         Poll::Ready(Ok(sent))
     }
 
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_send_vectored(&mut self, cx: &mut Context<'_>, bytes: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         // A last chunk is written separately.
-        let Followed { io, tail, .. } = self.get_mut();
+        let Followed { io, tail, .. } = self;
         let sent = ready!(Pin::new(io).poll_write_vectored(cx, bytes))?;
         let mut left = sent;
         for slice in bytes {
@@ -221,6 +265,52 @@ impl AsyncWrite for Followed {
             left -= some;
         }
         Poll::Ready(Ok(sent))
+    }
+
+    /// Checks the outcome of a write: it fails if the endpoint accepts no bytes for too long.
+    fn poll_taken(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            // Bytes in either direction end the silence of a tunnel.
+            (self.untaken, self.silent) = (None, None);
+            return written;
+        }
+        if !is_over(cx, &mut self.untaken, self.tail.limits().send) {
+            return Poll::Pending;
+        }
+        self.tail.fail(Failure::Untaken);
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the endpoint accepts no bytes")))
+    }
+}
+
+impl AsyncRead for Followed {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = self.poll_receive(cx, out);
+        if read.is_ready() {
+            self.silent = None;
+            return read;
+        }
+        let idle = self.tail.limits().idle;
+        if !is_over(cx, &mut self.silent, idle) {
+            return Poll::Pending;
+        }
+        self.tail.fail(Failure::Idle);
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "no bytes pass in either direction")))
+    }
+}
+
+impl AsyncWrite for Followed {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = self.poll_send(cx, bytes);
+        self.poll_taken(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = self.poll_send_vectored(cx, bytes);
+        self.poll_taken(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
