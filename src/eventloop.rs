@@ -102,6 +102,7 @@ impl Loops {
         let lags = vec![Duration::ZERO; all.len()];
         let due = Instant::now() + period;
         let pacemaker = Pacemaker { epoch, period, pulses, workers: all.clone(), shared, metrics, watches, lags, due };
+        pacemaker.expect_round();
         let (stop, stopped) = sync_channel(0);
         match std::thread::Builder::new().name("heartbeat".to_owned()).spawn(move || pacemaker.run(&stopped)) {
             Ok(thread) => *self.watching() = Some(Watching { stop, thread, workers: all }),
@@ -172,6 +173,7 @@ impl Watched {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::party::pauses::paused;
 
     const TERMS: Terms = Terms { stall_threshold: Duration::from_millis(100), heartbeat: Duration::from_millis(5) };
 
@@ -181,6 +183,35 @@ pub(crate) mod tests {
         let runtime = current_thread();
         loops.attach(1, || runtime.handle().clone());
         loops
+    }
+
+    #[test]
+    fn a_process_that_is_suspended_before_the_first_heartbeat_knows_it() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let (runtime, metrics) = (current_thread(), Metrics::new(u64::MAX, Vec::new()));
+        let loops = Loops::new(&metrics, Terms { heartbeat: HOUR, ..TERMS });
+        loops.attach(1, || runtime.handle().clone());
+        let worker = loops.watching().as_ref().map(|watching| watching.workers[0]).unwrap();
+        let later = Instant::now() + 3 * HOUR;
+        let overdue = worker.pauses.overdue(later);
+        assert!(overdue >= 2 * HOUR && overdue < 3 * HOUR, "{overdue:?}");
+        loops.stop();
+        assert_eq!(worker.pauses.overdue(later), Duration::ZERO, "there is none any more");
+    }
+
+    #[test]
+    fn a_worker_has_its_own_pauses_before_it_answers_the_first_probe() {
+        let (runtime, metrics) = (current_thread(), Metrics::new(u64::MAX, Vec::new()));
+        let loops = Loops::new(&metrics, Terms { heartbeat: Duration::from_secs(3600), ..TERMS });
+        loops.attach(1, || runtime.handle().clone());
+        let worker = loops.watching().as_ref().map(|watching| watching.workers[0]).unwrap();
+        let now = Instant::now() + Duration::from_secs(60);
+        let since = now - Duration::from_secs(50);
+        worker.pauses.add(since + Duration::from_secs(10), since + Duration::from_secs(30));
+        // A task that polls nothing of an exchange.
+        let paused = runtime.block_on(runtime.spawn(async move { paused(since, now, None) })).unwrap();
+        assert_eq!(paused, Duration::from_secs(20));
+        loops.stop();
     }
 
     fn current_thread() -> tokio::runtime::Runtime {

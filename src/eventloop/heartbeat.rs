@@ -81,6 +81,8 @@ impl Pulse {
 
     /// Answers probes as long as its runtime lives.
     pub(super) async fn beat(self: Arc<Self>) {
+        // From now on, waits on this thread know its pauses, also those before the first probe.
+        let _ = here();
         poll_fn(|cx| {
             self.waker.register(cx.waker());
             let asked = self.asked.load(Ordering::Acquire);
@@ -143,6 +145,13 @@ impl Drop for Pacemaker {
 }
 
 impl Pacemaker {
+    /// Reports when the next round is due. If the process is suspended at that time, it knows that before the heartbeat
+    /// records it.
+    pub(super) fn expect_round(&self) {
+        self.workers.iter().for_each(|worker| worker.expect_round(Some(self.due)));
+        Pauses::of_process().expect_round(Some(self.due));
+    }
+
     /// Probes until `stop` is dropped.
     pub(super) fn run(mut self, stop: &Receiver<()>) {
         while stop.recv_timeout(self.period) == Err(RecvTimeoutError::Timeout) {
@@ -199,12 +208,11 @@ impl Pacemaker {
                 worker.set_lag(*lag);
                 worker.pauses.add(was_due, now);
             }
-            worker.expect_round(Some(self.due));
         }
         if delay.is_some() {
             Pauses::of_process().add(was_due, now);
         }
-        Pauses::of_process().expect_round(Some(self.due));
+        self.expect_round();
     }
 
     /// Publishes the total lag of a worker, including the current stall.
