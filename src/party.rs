@@ -6,6 +6,7 @@
 
 pub mod limits;
 pub mod pauses;
+pub mod standstill;
 pub mod wait;
 pub mod waits;
 

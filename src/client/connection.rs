@@ -505,7 +505,7 @@ pub struct Connection {
     pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
     flags: Flags,
-    /// Encrypted bytes that the socket has accepted.
+    /// Bytes that the socket has accepted; over TLS, encrypted ones.
     taken: AtomicU64,
     tunnel: OnceLock<Arc<Tunnel>>,
     socket: OnceLock<RawFd>,
@@ -608,6 +608,16 @@ impl Connection {
         }
     }
 
+    /// The HTTP/2 connection whose stream carries this connection.
+    pub(super) fn carrier(&self) -> Option<&Connection> {
+        self.carrier.as_deref()
+    }
+
+    /// See [`Bypass::delivered_while_stalled`].
+    pub(super) fn delivered_while_stalled(&self) -> Option<u64> {
+        self.bypass()?.delivered_while_stalled()
+    }
+
     /// Whether an HTTP/2 stream carries the connection.
     pub fn is_carried(&self) -> bool {
         self.carrier.is_some()
@@ -681,12 +691,12 @@ impl Connection {
         }
     }
 
-    /// Counts encrypted bytes that the socket has accepted.
+    /// Counts bytes that the socket has accepted; over TLS, encrypted ones.
     pub(super) fn took(&self, bytes: usize) {
         self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Total number of encrypted bytes that the socket has accepted.
+    /// Total number of bytes that the socket has accepted; over TLS, of encrypted ones.
     pub(super) fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }

@@ -33,7 +33,7 @@ use tokio::sync::watch;
 use super::connection::Listener;
 use super::kept::Kept;
 use super::remains;
-use super::stream::ClientStream;
+use super::stream::{ClientStream, WeakBypass};
 use crate::error::{Refusal, refusal};
 use crate::party::wait::{FAR, NoClient, within};
 use conduct::Offence;
@@ -81,7 +81,7 @@ pub async fn serve(
     mut refuse: impl FnMut(&'static Refusal),
 ) {
     let (watch, progress) = (Watch::new(&listener.http2.rules), io.progress());
-    let (socket, digest) = (io.id(), io.get_socket_digest());
+    let (socket, digest, bytes) = (io.id(), io.get_socket_digest(), io.weak_bypass());
     let guard = Guard::new(io, watch.clone(), listener.terms.header_timeout);
     let mut connection = match listener.http2.options.handshake::<_, Bytes>(guard).await {
         Ok(connection) => connection,
@@ -127,7 +127,7 @@ pub async fn serve(
                         }
                     }
                 } else {
-                    begin(Opened::Exchange(Stream::new(request, respond)));
+                    begin(Opened::Exchange(Stream::new(request, respond, bytes.clone())));
                 }
             }
             Event::Refused(refusal) => refuse(refusal),
@@ -165,6 +165,8 @@ struct Core {
     ended: bool,
     /// The trailers of the request.
     trailers: Option<HeaderMap>,
+    /// The connection's stream of bytes.
+    bytes: WeakBypass,
 }
 
 impl Core {
@@ -224,6 +226,13 @@ impl Control {
         self.core().trailers.take()
     }
 
+    /// Total number of bytes that the client's host has acknowledged, on all streams, while the socket accepts no more.
+    /// `None`: it does, and the stream waits for credit of the client.
+    pub fn delivered_while_stalled(&self) -> Option<u64> {
+        let connection = self.core().bytes.bypass();
+        connection?.delivered_while_stalled()
+    }
+
     /// Resets the stream, unless its response is complete.
     pub fn reset(&self, reason: Reason) {
         let mut core = self.core();
@@ -247,12 +256,12 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Stream {
+    fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>, bytes: WeakBypass) -> Stream {
         let (head, body) = request.into_parts();
         let request = RequestHeader::from(head);
         // A length of 0 is only an announcement until the stream ends (RFC 9113 §8.1.1).
         let empty = body.is_end_stream();
-        let core = Core { body, respond, send: None, answered: false, ended: false, trailers: None };
+        let core = Core { body, respond, send: None, answered: false, ended: false, trailers: None, bytes };
         Stream {
             request,
             control: Control(Arc::new(Mutex::new(core))),

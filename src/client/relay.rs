@@ -28,8 +28,10 @@ use super::tls::stream::Raw;
 use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
+use crate::net;
 use crate::party::limits::DELAY_MAX;
-use crate::party::wait::{self, Eye, Timer, Wait};
+use crate::party::standstill::Standstill;
+use crate::party::wait::{self, Eye, Wait};
 use crate::upstream::transport::dial::EXHAUSTED;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::window::Window;
@@ -136,9 +138,9 @@ impl Relay {
                 return passed;
             }
         };
-        let socket = client.id();
+        let (socket, far) = (client.id(), endpoint.as_raw_fd());
         let mut passage = Passage::new(client, endpoint, self.idle);
-        passage.watch(socket);
+        passage.watch(socket, far);
         let ended = tokio::select! {
             ended = poll_fn(|cx| passage.poll(cx)) => ended,
             () = cut.told() => Err(&refusal::FINISH_SHUTDOWN),
@@ -363,11 +365,12 @@ struct Passage<C, E> {
     up: Way,
     down: Way,
     idle: Duration,
-    /// When a byte last passed, and the timer of `idle`.
-    moved: Instant,
-    timer: Timer,
+    /// The wait since a byte last passed.
+    still: Standstill,
     /// The client's socket, and the check that detects a broken connection while it is not read.
     socket: Option<RawFd>,
+    /// The endpoint's socket.
+    far: Option<RawFd>,
     look: Look,
 }
 
@@ -377,14 +380,14 @@ where
     E: AsyncRead + AsyncWrite + Unpin,
 {
     fn new(client: C, endpoint: E, idle: Duration) -> Self {
-        let (moved, timer) = (tokio::time::Instant::now().into_std(), Timer::default());
-        let (socket, look) = (None, Look::default());
-        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, moved, timer, socket, look }
+        let (still, socket, far, look) = (Standstill::begin(None), None, None, Look::default());
+        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, still, socket, far, look }
     }
 
-    /// Watches the client's socket while the endpoint accepts no bytes, or the client has ended its side.
-    fn watch(&mut self, socket: RawFd) {
-        self.socket = Some(socket);
+    /// Watches the client's socket while the endpoint accepts no bytes, or the client has ended its side. Bytes that
+    /// are read from either socket pass.
+    fn watch(&mut self, socket: RawFd, far: RawFd) {
+        (self.socket, self.far) = (Some(socket), Some(far));
     }
 
     /// Ready once the client's connection is broken while it is not read.
@@ -415,9 +418,15 @@ where
             return Poll::Ready(Err(&refusal::RECEIVE_ABORTED));
         }
         if moved {
-            self.moved = tokio::time::Instant::now().into_std();
+            self.still.restart();
         }
-        self.timer.poll_limit(cx, self.moved, self.idle).map(|()| Err(&refusal::RECEIVE_TIMEOUT))
+        let sockets = [self.socket, self.far];
+        // Meanwhile nothing is written to either, so a change is progress.
+        let look = || {
+            let bytes: u64 = sockets.iter().flatten().map(|&socket| net::unacknowledged(socket) as u64).sum();
+            (bytes > 0).then_some(bytes)
+        };
+        self.still.poll(cx, self.idle, look).map(|()| Err(&refusal::RECEIVE_TIMEOUT))
     }
 }
 

@@ -103,6 +103,8 @@ pub struct Link {
     reads: AtomicBool,
     /// The endpoint has not accepted all of the request body given so far, as far as this is visible.
     untaken: AtomicBool,
+    /// Bytes of the request that the endpoint's host had not acknowledged at the last look; [`UNKNOWN`] without a look.
+    unread: AtomicUsize,
     fault: Mutex<Option<Fault>>,
     /// The fault that ends the exchange in every state.
     over: Mutex<Option<Fault>>,
@@ -139,7 +141,19 @@ struct Clock {
     bounds: Bounds,
     alarm: Timer,
     look: Look,
+    /// When a wait was due at first, and until when it was extended.
+    grace: Option<(Instant, Instant)>,
 }
+
+/// The part of a limit by which a wait is extended for a second look.
+const GRACE: u32 = 4;
+
+/// For a request body of at least this many bytes, what the endpoint has not read is looked at from the beginning of
+/// the wait for the response.
+const LARGE_BYTES: u64 = 64 << 10;
+
+/// What the endpoint has not read is unknown.
+const UNKNOWN: usize = usize::MAX;
 
 /// The kinds of work of an exchange with a session.
 const WORK: [Work; 4] = [Work::Small, Work::Bulk, Work::Granted(Class::Pass), Work::Granted(Class::Spool)];
@@ -199,6 +213,7 @@ impl Link {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = self.over();
         self.whole.store(false, Ordering::Relaxed);
         self.untaken.store(false, Ordering::Relaxed);
+        self.unread.store(UNKNOWN, Ordering::Relaxed);
         self.enter(Stage::Connecting);
         self.waits.begin_attempt(worker::lag(now), now);
     }
@@ -214,6 +229,9 @@ impl Link {
     pub fn request_sent(&self, now: Instant) {
         self.whole.store(true, Ordering::Relaxed);
         self.waits.restart(Party::Endpoint, now);
+        let is_large = self.body.received.load(Ordering::Relaxed) >= LARGE_BYTES;
+        let unread = if is_large { self.wire().endpoint.unacknowledged() } else { None };
+        self.unread.store(unread.unwrap_or(UNKNOWN), Ordering::Relaxed);
     }
 
     /// The response is complete, or Forebay generated it: the wait for the upstream ends.
@@ -441,6 +459,12 @@ impl Link {
 
     /// The time at which the current wait becomes too long, and the resulting fault.
     fn due(&self, clock: &Clock) -> Option<(Instant, Fault)> {
+        let (due, fault) = self.due_at_first(clock)?;
+        let until = clock.grace.filter(|grace| grace.0 == due).map_or(due, |grace| grace.1);
+        Some((until, fault))
+    }
+
+    fn due_at_first(&self, clock: &Clock) -> Option<(Instant, Fault)> {
         let (stage, whole) = (self.stage(), self.whole.load(Ordering::Relaxed));
         if stage == Stage::Receiving && self.untaken.load(Ordering::Relaxed) {
             // The response has begun, but the endpoint must still accept the rest of the request, or continue the
@@ -464,12 +488,38 @@ impl Link {
             // The limit is due later now.
             return;
         }
+        if fault == Fault::new(Party::Endpoint, self.stage().phase(), What::Silent) && self.is_read(clock, wire, now) {
+            return;
+        }
         self.fail(fault, ErrorType::ReadTimedout);
         if fault.what == What::Overdue && fault.phase == Phase::Receive {
             // The response may be waiting for its client, and Pingora does not poll the session then.
             wire.fail(fault);
         }
         wire.endpoint.abort();
+    }
+
+    /// Whether the wait goes on, since the endpoint reads the request, of which the kernel may hold megabytes: it has
+    /// read some since the last look, or this is the first look. The time for the response thus begins once the
+    /// endpoint's host has acknowledged the request.
+    fn is_read(&self, clock: &mut Clock, wire: &Wire, now: Instant) -> bool {
+        let limit = match self.stage() {
+            Stage::Sending => clock.bounds.patience.send,
+            Stage::Waiting => clock.bounds.patience.wait,
+            _ => return false,
+        };
+        let is_spent = |attempt: Duration| self.waits.spent(Party::Endpoint, now) >= attempt;
+        let unread = wire.endpoint.unacknowledged();
+        let Some((unread, (due, _))) = unread.zip(self.due_at_first(clock)) else { return false };
+        if clock.bounds.attempt.is_some_and(is_spent) {
+            return false;
+        }
+        match self.unread.swap(unread, Ordering::Relaxed) {
+            UNKNOWN if unread > 0 => clock.grace = Some((due, now + limit / GRACE)),
+            before if before != UNKNOWN && unread < before => self.waits.restart(Party::Endpoint, now),
+            _ => return false,
+        }
+        true
     }
 
     /// Wakes this task when the current wait may have exceeded its limit.
@@ -630,10 +680,12 @@ impl BufferedSession {
                 bounds: Bounds { patience, attempt: None, deadline: None },
                 alarm: Timer::default(),
                 look: Look::default(),
+                grace: None,
             }),
             holding: AtomicBool::new(false),
             reads: AtomicBool::new(false),
             untaken: AtomicBool::new(false),
+            unread: AtomicUsize::new(UNKNOWN),
             fault: Mutex::new(None),
             over: Mutex::new(None),
             wire: Mutex::new(wire),
@@ -753,7 +805,10 @@ impl BufferedSession {
             Poll::Pending => self.link.waits_for(Party::Endpoint),
             // The request for another piece shows that the earlier ones were accepted: the time limit now applies to
             // the next one.
-            Poll::Ready(_) => self.link.waits.restart(Party::Endpoint, Instant::now()),
+            Poll::Ready(_) => {
+                self.link.waits.restart(Party::Endpoint, Instant::now());
+                self.link.unread.store(UNKNOWN, Ordering::Relaxed);
+            }
         }
         self.link.untaken.store(taken.is_pending(), Ordering::Relaxed);
         let reads = taken.is_ready() && piece.is_pending() && self.intake.is_reading();

@@ -10,7 +10,6 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
@@ -31,7 +30,7 @@ use crate::framing::Body;
 use crate::framing::chunked::Chunks;
 use crate::net;
 use crate::party::What;
-use crate::party::wait::Timer;
+use crate::party::standstill::Standstill;
 use crate::phase::Phase;
 use crate::upstream::transport::tunnel::Way;
 
@@ -91,6 +90,7 @@ pub struct Bypass {
 }
 
 /// A weak reference to a [`Bypass`].
+#[derive(Clone)]
 pub struct WeakBypass(Weak<Mutex<Core>>);
 
 impl WeakBypass {
@@ -135,8 +135,8 @@ struct Core {
     rest: Rest,
     /// Maximum read size for a body; it grows after each full read.
     gulp: usize,
-    /// Since when the client accepts no bytes, and the timer of its limit.
-    stalled: Option<(Instant, Timer)>,
+    /// The wait for a client that accepts no bytes.
+    stalled: Option<Standstill>,
     /// Timer that runs from the end of writing to the close.
     farewell: Option<Farewell>,
     /// Number of bytes that may still be discarded.
@@ -151,7 +151,7 @@ struct Core {
     goes_on: bool,
     /// Whether the connection is kept after the current exchange. `None` until the response was sent.
     outcome: Option<bool>,
-    /// Bytes that the socket had accepted at the last wait for the client; only TLS reports them.
+    /// Bytes that the socket had accepted at the last wait for the client.
     taken: u64,
 }
 
@@ -196,6 +196,11 @@ impl ClientStream {
         let core = Arc::new(Mutex::new(core));
         connection.is_gone_past_by(WeakBypass(Arc::downgrade(&core)));
         ClientStream { core }
+    }
+
+    /// A weak reference to the path past the session.
+    pub(super) fn weak_bypass(&self) -> WeakBypass {
+        WeakBypass(Arc::downgrade(&self.core))
     }
 
     /// Calls `look` with the received bytes that were not passed on; a refusal finds the request line there.
@@ -319,6 +324,13 @@ impl Bypass {
     /// Prevents further requests on this connection.
     pub fn end_after_answer(&self) {
         lock(&self.core).connection.end_after_answer();
+    }
+
+    /// Total number of bytes that the client's host has acknowledged, while the socket accepts no more. `None`: it
+    /// does.
+    pub fn delivered_while_stalled(&self) -> Option<u64> {
+        let core = lock(&self.core);
+        core.stalled.as_ref().map(|_| core.delivered())
     }
 
     /// Sets the outcome of the current exchange; see [`ClientStream::outcome`].
@@ -613,11 +625,35 @@ impl Core {
             self.stalled = None;
         }
         let patience = self.connection.write_idle();
-        let since = || (tokio::time::Instant::now().into_std(), Timer::default());
-        let (since, timer) = self.stalled.get_or_insert_with(since);
-        ready!(timer.poll_limit(cx, *since, patience));
+        let mut stalled = self.stalled.take().unwrap_or_else(|| Standstill::begin(self.seen_delivered()));
+        let over = stalled.poll(cx, patience, || self.seen_delivered());
+        self.stalled = Some(stalled);
+        ready!(over);
         self.connection.set_fault(Phase::Write, What::Silent);
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client accepts no bytes")))
+    }
+
+    /// The socket has accepted these bytes.
+    fn accepted(&mut self, bytes: usize) {
+        self.stalled = None;
+        // TLS counts the encrypted bytes itself.
+        if self.connection.tls().is_none() {
+            self.connection.took(bytes);
+        }
+    }
+
+    /// Total number of bytes that the client's host has acknowledged.
+    fn delivered(&self) -> u64 {
+        self.connection.taken().saturating_sub(net::unacknowledged(self.io.id()) as u64)
+    }
+
+    /// The same for a client that accepts no bytes. A stream has no socket of its own: its client makes progress if
+    /// the socket that carries it accepts no bytes either, but the client's host acknowledges some. `None`: unknown.
+    fn seen_delivered(&self) -> Option<u64> {
+        match self.connection.carrier() {
+            Some(carrier) => carrier.delivered_while_stalled(),
+            None => Some(self.delivered()),
+        }
     }
 
     /// Pingora's session writes only whether the connection is kept into `Connection`. A 426 also requires the option
@@ -650,14 +686,16 @@ impl Core {
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.stalled = None;
+            self.accepted(sent);
             let gathered = self.outbox.len().min(sent);
             self.outbox.advance(gathered);
             if sent > gathered {
                 return Poll::Ready(Ok(sent - gathered));
             }
         }
-        Pin::new(&mut self.io).poll_write(cx, bytes)
+        let sent = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
+        self.accepted(sent);
+        Poll::Ready(Ok(sent))
     }
 
     /// Sends the gathered bytes.
@@ -667,7 +705,7 @@ impl Core {
             if sent == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.stalled = None;
+            self.accepted(sent);
             self.outbox.advance(sent);
         }
         // TLS may hold encrypted bytes that the socket did not accept.
@@ -690,7 +728,7 @@ impl Core {
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return self.poll_patience(cx, Poll::Pending),
             };
-            self.stalled = None;
+            self.accepted(sent);
             let gathered = self.outbox.len().min(sent);
             self.outbox.advance(gathered);
             sent -= gathered;

@@ -29,6 +29,7 @@ use super::http1::{self, unread};
 use super::http2::Control;
 use crate::framing::{Body, LengthFields, answer};
 use crate::metrics::Direction;
+use crate::party::standstill::Standstill;
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
@@ -86,6 +87,10 @@ struct Delays {
     first_byte: Option<Instant>,
     /// The current wait for a client that accepts no bytes.
     blocked: Option<Waiting>,
+    /// What the client's host acknowledges in this wait.
+    acknowledged: Acknowledged,
+    /// The limit of this wait on HTTP/2.
+    still: Option<Standstill>,
     /// The total of the earlier ones.
     blocked_before: Duration,
     /// The client's entry in the list of slow clients.
@@ -101,6 +106,8 @@ impl Delays {
             waits_for: Party::Client,
             first_byte: None,
             blocked: None,
+            acknowledged: Acknowledged::default(),
+            still: None,
             blocked_before: Duration::ZERO,
             slow: None,
             fetching: None,
@@ -116,8 +123,41 @@ impl Delays {
     /// Ends the wait for the client; returns how long it was, if there was one.
     fn end_blocked(&mut self) -> Option<Duration> {
         let waited = self.blocked.take()?.lasted();
+        self.still = None;
         self.blocked_before += waited;
         Some(waited)
+    }
+}
+
+/// Bytes that a client's host acknowledges while the client is waited for. The kernel reports room for more bytes only
+/// once a third of its buffer is free, so a client can take many bytes without accepting one. They are looked at only
+/// if the client seems to be too slow.
+#[derive(Default)]
+struct Acknowledged {
+    /// The count at the start of the wait. `None`: unknown.
+    at_first: Option<u64>,
+    /// Bytes since then, at the last look.
+    bytes: u64,
+    /// The duration of the wait before which there is no further look.
+    next: Duration,
+}
+
+impl Acknowledged {
+    /// Minimum interval of two looks.
+    const INTERVAL: Duration = Duration::from_millis(100);
+
+    /// A wait that begins with this count.
+    fn begin(at_first: Option<u64>) -> Self {
+        Acknowledged { at_first, ..Acknowledged::default() }
+    }
+
+    /// Looks at the count after the wait has lasted for this time. `true`: the client took bytes since the last look.
+    fn look(&mut self, count: Option<u64>, lasted: Duration) -> bool {
+        let bytes = count.zip(self.at_first).map_or(0, |(count, at_first)| count.saturating_sub(at_first));
+        self.next = lasted + Self::INTERVAL;
+        let took = bytes > self.bytes;
+        self.bytes = self.bytes.max(bytes);
+        took
     }
 }
 
@@ -666,7 +706,8 @@ impl Wire {
         }
         match self.delays.end_blocked() {
             Some(waited) => {
-                self.manner.pace.moved(self.outgoing.writing, waited);
+                let acknowledged = std::mem::take(&mut self.delays.acknowledged).bytes;
+                self.manner.pace.moved(self.outgoing.writing.max(acknowledged), waited);
                 self.outgoing.piece = PIECE_LEAST;
             }
             None => {
@@ -694,18 +735,37 @@ impl Wire {
         let phase = self.outgoing.phase();
         self.delays.waits_for = Party::Client;
         let left = self.outgoing.left();
-        let Wire { delays: Delays { blocked, slow, .. }, depot, client, manner, .. } = self;
+        let Wire { delays, depot, client, manner, outgoing, .. } = self;
+        let Delays { blocked, slow, acknowledged, still, timer, .. } = delays;
         let enter = || depot.slow.enter(Direction::Response, Some(&manner.route), client.who.client);
         let entry = slow.get_or_insert_with(enter);
         entry.set(phase, left);
-        let begin = || Waiting::begin(Some(depot.budget.slow(Direction::Response)), entry);
-        let since = blocked.get_or_insert_with(begin).since;
-        let slow = self.manner.pace.patience(self.outgoing.writing).map(|patience| (patience, What::Slow));
+        let fault = |what| Poll::Ready(Fault::new(Party::Client, phase, what));
+        let waiting = match blocked {
+            Some(waiting) => waiting,
+            None => {
+                *acknowledged = Acknowledged::begin(client.delivered_while_stalled());
+                blocked.insert(Waiting::begin(Some(depot.budget.slow(Direction::Response)), entry))
+            }
+        };
         // On HTTP/1 the stream enforces this limit more precisely, since it observes every byte.
-        let still = self.client.control.is_some().then_some((self.manner.write_idle, What::Silent));
-        let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
-        let Some((patience, what)) = first else { return Poll::Pending };
-        self.delays.timer.poll_limit(cx, since, patience).map(|()| Fault::new(Party::Client, phase, what))
+        if client.control.is_some() {
+            let still = still.get_or_insert_with(|| Standstill::begin(acknowledged.at_first));
+            if still.poll(cx, manner.write_idle, || client.delivered_while_stalled()).is_ready() {
+                return fault(What::Silent);
+            }
+        }
+        loop {
+            let patience = manner.pace.patience(outgoing.writing.max(acknowledged.bytes));
+            let Some(patience) = patience else { return Poll::Pending };
+            ready!(timer.poll_limit(cx, waiting.since, patience.max(acknowledged.next)));
+            let lasted = waiting.lasted();
+            let took = acknowledged.look(client.delivered_while_stalled(), lasted);
+            let patience = manner.pace.patience(outgoing.writing.max(acknowledged.bytes));
+            if !took || patience.is_some_and(|patience| patience <= lasted) {
+                return fault(What::Slow);
+            }
+        }
     }
 
     /// Ends writing because of this fault.

@@ -52,6 +52,11 @@ impl Window {
         }
     }
 
+    /// Number of sent bytes that the endpoint's host has not acknowledged.
+    pub fn unacknowledged(&self) -> usize {
+        net::unacknowledged(self.socket)
+    }
+
     /// Aborts the connection: local readers see its end, and the endpoint gets a reset, which overtakes unread
     /// data.
     pub fn abort(&mut self) {

@@ -82,6 +82,7 @@ mod spans;
 mod spool;
 mod stand_in;
 mod status;
+mod steady;
 mod sticky;
 mod stop;
 mod story;

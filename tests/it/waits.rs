@@ -573,13 +573,14 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("client/session.rs", 1, "the deadlines of an attempt; `Link::watch` has the eye"),
     ("client/stream.rs", 1, "it is the deadline of a write"),
     ("client/tls/watch.rs", 4, "the pauses of a background task"),
-    ("client/wire.rs", 1, "the deadlines of an answer; `Link::watch` has the eye, and writing finds out by itself"),
+    ("client/wire.rs", 2, "the deadlines of an answer; `Link::watch` has the eye, and writing finds out by itself"),
     ("files.rs", 5, "the pauses of a background task"),
     ("filter/aside.rs", 1, "a turn of another thread: the chain bounds the filter, and sees its client"),
     ("gateway/stop.rs", 14, "the times of a stop and of a takeover"),
     ("gateway/supervisor.rs", 1, "the pauses of a wait that has a deadline"),
     ("gateway/upgrade.rs", 3, "the pauses of a thread in the background, in waits that have a deadline"),
     ("gateway/web.rs", 6, "it takes connections until it is stopped"),
+    ("party/standstill.rs", 1, "the timer of a deadline that its owner names"),
     ("party/wait.rs", 2, "the timer itself"),
     ("recorder.rs", 1, "`admin/trace.rs` says until when"),
     ("scheduler.rs", 1, "the pause between two rounds"),
@@ -591,7 +592,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("upstream/discovery.rs", 3, "the pauses of a background task"),
     ("upstream/discovery/file.rs", 3, "the pauses of a background task"),
     ("upstream/ejector.rs", 3, "the pauses of a background task"),
-    ("upstream/transport/http1.rs", 1, "the deadlines of a connection; `Link::watch` has the eye"),
+    ("upstream/transport/http1.rs", 2, "the deadlines of a connection; `Link::watch` has the eye"),
     ("upstream/transport/http2.rs", 2, "the time for which a connection is kept while nobody uses it"),
     ("upstream/transport/pair.rs", 1, "two connections that are being made, each with the deadline of its peer"),
 ];
@@ -607,6 +608,7 @@ fn nothing_waits_without_a_deadline_and_an_eye_on_its_client() {
         r"\.wait_for\(",
         r"\bselect!\s*\{",
         r"(?::|Instant,)\sTimer[,)]",
+        r"(?::\s|Option<)Standstill[,>]",
     ];
     let waits = Regex::new(&waits.join("|")).expect("a pattern");
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker, ready};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
@@ -17,7 +17,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 use super::answer::{Answer, Part};
 use super::request::Outgoing;
-use crate::party::wait::{NoClient, Timer, within};
+use crate::net;
+use crate::party::standstill::Standstill;
+use crate::party::wait::{NoClient, within};
 use crate::upstream::transport::dial::{Dialer, Opened, Socket};
 
 /// Read size for a header, in bytes. The buffer is on the stack, so that an exchange that waits for a response holds no
@@ -151,15 +153,13 @@ pub struct Messages<'c> {
     unsent: Option<Box<Error>>,
     /// Maximum time without progress in sending.
     patience: Option<Duration>,
-    stalled: Option<Instant>,
-    timer: Timer,
+    stalled: Option<Standstill>,
 }
 
 impl<'c> Messages<'c> {
     /// Creates the messages of an exchange; `patience` is the maximum time without progress in sending.
     pub fn new(connection: &'c mut Connection, outgoing: Outgoing, answer: Answer, patience: Option<Duration>) -> Self {
-        let (timer, stalled) = (Timer::default(), None);
-        Messages { connection, outgoing, answer, got: 0, unsent: None, patience, stalled, timer }
+        Messages { connection, outgoing, answer, got: 0, unsent: None, patience, stalled: None }
     }
 
     /// Sends the header of the request.
@@ -287,9 +287,11 @@ impl<'c> Messages<'c> {
                     ));
                 }
                 Poll::Pending => {
-                    let since = *self.stalled.get_or_insert_with(Instant::now);
                     let Some(patience) = self.patience else { return Poll::Pending };
-                    ready!(self.timer.poll_limit(cx, since, patience));
+                    let socket = self.connection.socket();
+                    let look = || Some(net::unacknowledged(socket) as u64);
+                    let stalled = self.stalled.get_or_insert_with(|| Standstill::begin(look()));
+                    ready!(stalled.poll(cx, patience, look));
                     self.outgoing.give_up();
                     return Poll::Ready(Err(Error::explain(ErrorType::WriteTimedout, "sending the request").into_up()));
                 }

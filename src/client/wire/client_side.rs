@@ -67,6 +67,15 @@ impl ClientSide {
         self.past.as_ref().is_some_and(|past| past.sends)
     }
 
+    /// Total number of bytes that the client's host has acknowledged, while the socket accepts no more. `None`: it
+    /// does, or it is unknown.
+    pub(super) fn delivered_while_stalled(&self) -> Option<u64> {
+        match (&self.past, &self.control) {
+            (Some(past), _) => past.bypass.delivered_while_stalled(),
+            (None, control) => control.as_ref()?.delivered_while_stalled(),
+        }
+    }
+
     /// Returns the session for good. `None`: a write in progress owns it.
     pub fn release(&mut self) -> Option<Box<ServerSession>> {
         if self.sends() {

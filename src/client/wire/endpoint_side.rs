@@ -33,6 +33,11 @@ impl EndpointSide {
         self.stream = Some(stream);
     }
 
+    /// Number of sent bytes that the endpoint's host has not acknowledged, if only this exchange uses the connection.
+    pub fn unacknowledged(&self) -> Option<usize> {
+        self.window.as_ref().map(Window::unacknowledged)
+    }
+
     /// The pauses of the worker that drives the connection, if exchanges share it (HTTP/2) and its driver has begun.
     pub fn driver(&self) -> Option<&'static Pauses> {
         self.stream.as_ref()?.driver()

@@ -6,10 +6,11 @@
 //! the gateway itself does not. Exchange and stream share a [`Tail`].
 
 use std::io::{self, IoSlice};
+use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes};
@@ -27,7 +28,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::tunnel::{Tunnel, Way};
 use crate::framing::follow;
-use crate::party::wait::Timer;
+use crate::net;
+use crate::party::standstill::Standstill;
 
 /// Shared by an exchange and its connection to an endpoint: the state of the message ends.
 #[derive(Debug, Default)]
@@ -175,19 +177,17 @@ pub struct Followed {
     /// The last chunk that replaces Pingora's while it is being sent.
     leaving: Option<Bytes>,
     /// The wait for an endpoint that accepts no bytes.
-    untaken: Option<Still>,
+    untaken: Option<Standstill>,
     /// The wait for bytes in a tunnel.
-    silent: Option<Still>,
+    silent: Option<Standstill>,
 }
 
-/// A wait without progress: its beginning, and the timer of its limit.
-type Still = (Instant, Timer);
-
-/// Whether a wait without progress, which begins now if there is none, has reached its limit.
-fn is_over(cx: &mut Context<'_>, still: &mut Option<Still>, limit: Option<Duration>) -> bool {
+/// Whether a wait without progress, which begins now if there is none, has reached its limit. An endpoint that reads
+/// bytes from the `socket` makes progress.
+fn is_over(cx: &mut Context<'_>, still: &mut Option<Standstill>, limit: Option<Duration>, socket: RawFd) -> bool {
     let Some(limit) = limit else { return false };
-    let (since, timer) = still.get_or_insert_with(|| (tokio::time::Instant::now().into_std(), Timer::default()));
-    timer.poll_limit(cx, *since, limit).is_ready()
+    let look = || Some(net::unacknowledged(socket) as u64);
+    still.get_or_insert_with(|| Standstill::begin(look())).poll(cx, limit, look).is_ready()
 }
 
 impl Followed {
@@ -274,7 +274,8 @@ impl Followed {
             (self.untaken, self.silent) = (None, None);
             return written;
         }
-        if !is_over(cx, &mut self.untaken, self.tail.limits().send) {
+        let Followed { io, tail, untaken, .. } = self;
+        if !is_over(cx, untaken, tail.limits().send, io.id()) {
             return Poll::Pending;
         }
         self.tail.fail(Failure::Untaken);
@@ -289,8 +290,8 @@ impl AsyncRead for Followed {
             self.silent = None;
             return read;
         }
-        let idle = self.tail.limits().idle;
-        if !is_over(cx, &mut self.silent, idle) {
+        let Followed { io, tail, silent, .. } = &mut *self;
+        if !is_over(cx, silent, tail.limits().idle, io.id()) {
             return Poll::Pending;
         }
         self.tail.fail(Failure::Idle);
