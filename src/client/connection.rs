@@ -527,6 +527,7 @@ struct Flags {
     reset: AtomicBool,
     cut: AtomicBool,
     ends: AtomicBool,
+    last_write: AtomicBool,
 }
 
 /// The result of a handshake, its start and its duration.
@@ -758,6 +759,15 @@ impl Connection {
 
     pub(super) fn ends(&self) -> bool {
         self.flags.ends.load(Ordering::Relaxed)
+    }
+
+    /// Sets whether the bytes of the current write are the last ones of the connection and complete its last response.
+    pub(super) fn set_last_write(&self, is_last: bool) {
+        self.flags.last_write.store(is_last, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_last_write(&self) -> bool {
+        self.flags.last_write.load(Ordering::Relaxed)
     }
 
     /// Records that the response was cut: its end must not be marked as regular (`close_notify`, RFC 9112 §9.8).

@@ -89,7 +89,8 @@ impl Session {
         self.answered.as_ref().is_some_and(|answer| !answer.status.is_informational())
     }
 
-    async fn write_piece(&mut self, piece: Bytes) -> Result<()> {
+    /// `end`: it is the last piece.
+    async fn write_piece(&mut self, piece: Bytes, end: bool) -> Result<()> {
         let mut pieces = VecDeque::new();
         match &mut self.framing {
             Body::None => return Ok(()),
@@ -108,19 +109,27 @@ impl Session {
                 pieces.push_back(piece);
             }
         }
-        poll_fn(|cx| self.connection.poll_send(cx, &mut pieces)).await.map_err(unwritten)
+        let ends = end && matches!(self.framing, Body::Length(0) | Body::UntilEnd);
+        self.send(pieces, ends).await
+    }
+
+    /// Sends the gathered bytes and then these pieces. `ends`: they complete the response.
+    async fn send(&self, mut pieces: VecDeque<Bytes>, ends: bool) -> Result<()> {
+        poll_fn(|cx| self.connection.poll_send(cx, &mut pieces, ends)).await.map_err(unwritten)
     }
 
     /// Ends a response that this session has written, and sends the gathered bytes.
     async fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
-        match std::mem::replace(&mut self.framing, Body::None) {
+        let framing = std::mem::replace(&mut self.framing, Body::None);
+        match framing {
             Body::Chunked => self.connection.gather(|out| out.put(last_chunk(trailers.as_ref()))),
             // The close shows the client that the body is incomplete.
             Body::Length(1..) => self.connection.end_after_answer(),
             Body::UntilEnd => self.connection.end_after_answer(),
             Body::None | Body::Length(0) => {}
         }
-        self.flush().await
+        let is_whole = self.has_answered() && !matches!(framing, Body::Length(1..));
+        self.send(VecDeque::new(), is_whole).await
     }
 
     async fn flush(&self) -> Result<()> {
@@ -239,7 +248,7 @@ impl CustomSession for Session {
 
     async fn write_body(&mut self, data: Bytes, end: bool) -> Result<()> {
         if !data.is_empty() {
-            self.write_piece(data).await?;
+            self.write_piece(data, end).await?;
         }
         if end { self.end(None).await } else { Ok(()) }
     }

@@ -366,9 +366,9 @@ impl Bypass {
     }
 
     /// Sends the gathered bytes and then these pieces, many per system call and without a copy. Removes the sent bytes
-    /// from the front of `pieces`.
-    pub fn poll_send(&self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
-        lock(&self.core).poll_send(cx, pieces)
+    /// from the front of `pieces`. `ends`: they complete the response.
+    pub fn poll_send(&self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>, ends: bool) -> Poll<io::Result<()>> {
+        lock(&self.core).poll_send(cx, pieces, ends)
     }
 }
 
@@ -712,9 +712,11 @@ impl Core {
         Pin::new(&mut self.io).poll_flush(cx)
     }
 
-    fn poll_send(&mut self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
+    /// `ends`: the pieces complete the response. If it is the last of the connection, TLS sends its end with them.
+    fn poll_send(&mut self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>, ends: bool) -> Poll<io::Result<()>> {
+        let is_last = ends && self.connection.ends();
         while !self.outbox.is_empty() || !pieces.is_empty() {
-            let Core { io, outbox, .. } = self;
+            let Core { io, outbox, connection, .. } = self;
             let mut slices = [IoSlice::new(&[]); SLICES_MAX];
             let gathered = std::iter::once(&outbox[..]).filter(|outbox| !outbox.is_empty());
             let mut count = 0;
@@ -722,7 +724,11 @@ impl Core {
                 *slice = IoSlice::new(bytes);
                 count += 1;
             }
-            let mut sent = match Pin::new(io).poll_write_vectored(cx, &slices[..count]) {
+            let are_all = count == pieces.len() + usize::from(!outbox.is_empty());
+            connection.set_last_write(is_last && are_all);
+            let written = Pin::new(io).poll_write_vectored(cx, &slices[..count]);
+            connection.set_last_write(false);
+            let mut sent = match written {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(sent)) => sent,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),

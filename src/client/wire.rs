@@ -555,7 +555,7 @@ impl Wire {
     /// Sends past the session. Ready when all bytes were sent, or when sending failed.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(past) = &mut self.client.past else { return Poll::Ready(()) };
-        match past.bypass.poll_send(cx, &mut past.pieces) {
+        match past.bypass.poll_send(cx, &mut past.pieces, self.outgoing.end_written) {
             Poll::Ready(outcome) => {
                 past.sends = false;
                 let failed = |error| Error::because(ErrorType::WriteError, "writing the response", error).into_down();

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use boring::ssl::SslContext;
 use foreign_types_shared::ForeignType;
 use pingora::tls::hash::MessageDigest;
-use pingora::tls::ssl::{ErrorCode, NameType, Ssl, SslRef};
+use pingora::tls::ssl::{ErrorCode, NameType, Ssl, SslRef, SslVersion};
 use pingora::tls::ssl_sys as ffi;
 use pingora::tls::tokio_ssl::SslStream;
 use pingora::tls::x509::X509;
@@ -135,14 +135,28 @@ async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'stati
         }
         return Err(why);
     }
-    acknowledge(stream.get_ref());
+    let ssl = stream.ssl();
+    let is_answered = ssl.version2() == Some(SslVersion::TLS1_2) && !ssl.session_reused();
+    if !is_answered && may_hold_back(stream.get_ref().front()) {
+        net::acknowledge(stream.get_ref().id());
+    }
     Ok(stream)
 }
 
-/// Acknowledges the client's last flight at once. The library has already sent its tickets, so no other packet
-/// acknowledges it; a client with Nagle's algorithm would wait about 40 ms before it sends its request.
-fn acknowledge(raw: &Raw) {
-    net::acknowledge(raw.id());
+/// Whether the client may hold a request back until the host acknowledges its last flight, as Nagle's algorithm does:
+/// for about 40 ms. The library has sent its tickets before that flight, so no other packet acknowledges it, except at
+/// the end of a full handshake of TLS 1.2. `front` are the received bytes behind the flight: if they are whole records,
+/// the client holds nothing back, and the response acknowledges them.
+fn may_hold_back(mut front: &[u8]) -> bool {
+    if front.is_empty() {
+        return true;
+    }
+    while let [_, _, _, high, low, rest @ ..] = front {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        let Some(next) = rest.get(length..) else { return true };
+        front = next;
+    }
+    !front.is_empty()
 }
 
 /// Sends the remaining bytes, and reads before the close: a socket closed with unread bytes is reset, and the reset can
@@ -240,5 +254,25 @@ fn of_code(code: i32) -> &'static Refusal {
         // it.
         1000..=1255 => &refusal::HANDSHAKE_ALERT,
         _ => &refusal::HANDSHAKE_FAILED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_whose_records_have_come_whole_holds_nothing_back() {
+        let record = [23, 3, 3, 0, 2, 7, 7];
+        assert!(!may_hold_back(&record));
+        assert!(!may_hold_back(&record.repeat(3)));
+        for (front, what) in [
+            (vec![], "no request has come"),
+            (record[..6].to_vec(), "half a record"),
+            (record[..4].to_vec(), "half a header"),
+            ([&record[..], &record[..1]].concat(), "the start of another"),
+        ] {
+            assert!(may_hold_back(&front), "{what}");
+        }
     }
 }

@@ -52,6 +52,8 @@ pub struct Raw {
     connection: Option<Arc<Connection>>,
     /// Whether the library has read the header of an alert in clear text.
     alerted: bool,
+    /// Whether a shutdown leaves the socket open: the library only adds its end to the encrypted bytes.
+    stays_open: bool,
 }
 
 /// The header of an alert in clear text: type, version, length (RFC 8446 §5.1). After a TLS 1.3 ServerHello, alerts
@@ -63,7 +65,15 @@ fn is_alert(record: &[u8]) -> bool {
 impl Raw {
     /// A socket of which no byte was read.
     pub fn new(io: Stream) -> Self {
-        Raw { io, front: BytesMut::new(), cipher: Vec::new(), sent: 0, connection: None, alerted: false }
+        Raw {
+            io,
+            front: BytesMut::new(),
+            cipher: Vec::new(),
+            sent: 0,
+            connection: None,
+            alerted: false,
+            stays_open: false,
+        }
     }
 
     /// Bytes read and not yet passed on.
@@ -178,6 +188,9 @@ impl AsyncWrite for Raw {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.stays_open {
+            return Poll::Ready(Ok(()));
+        }
         ready!(self.poll_send(cx))?;
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
@@ -193,7 +206,7 @@ impl std::fmt::Debug for Raw {
 #[derive(Debug)]
 pub struct TlsStream {
     ssl: SslStream<Raw>,
-    /// Whether the end (`close_notify`) was sent.
+    /// Whether the end (`close_notify`) was encrypted.
     closed: bool,
 }
 
@@ -205,6 +218,20 @@ impl TlsStream {
 
     fn raw(&mut self) -> &mut Raw {
         self.ssl.get_mut()
+    }
+
+    /// Encrypts the end (`close_notify`) behind the last bytes of the connection, unless a response was cut. Both are
+    /// sent together.
+    fn encrypt_end(&mut self, cx: &mut Context<'_>) {
+        let is_last = |connection: &Arc<Connection>| connection.is_last_write() && !connection.breaks_off();
+        if self.closed || !self.raw().connection.as_ref().is_some_and(is_last) {
+            return;
+        }
+        self.closed = true;
+        self.raw().stays_open = true;
+        // An error means that the library cannot send an end any more; the shutdown of the socket follows in any case.
+        let _ = Pin::new(&mut self.ssl).poll_shutdown(cx);
+        self.raw().stays_open = false;
     }
 
     /// Encrypts one piece. [`Raw`] accepts everything from the library, so this never waits.
@@ -297,6 +324,9 @@ impl AsyncWrite for TlsStream {
     ) -> Poll<io::Result<usize>> {
         ready!(self.raw().poll_send(cx))?;
         let written = self.encrypt_all(cx, slices)?;
+        if written == slices.iter().map(|slice| slice.len()).sum::<usize>() {
+            self.encrypt_end(cx);
+        }
         match self.raw().poll_send(cx) {
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
             _ => Poll::Ready(Ok(written)),
@@ -356,5 +386,100 @@ impl GetProxyDigest for TlsStream {
 impl GetSocketDigest for TlsStream {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
         self.ssl.get_ref().io.get_socket_digest()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::time::{Duration, Instant};
+
+    use boring::ssl::{Ssl as Library, SslConnector, SslMethod, SslVerifyMode};
+    use bytes::Bytes;
+    use foreign_types_shared::ForeignTypeRef;
+    use futures::FutureExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+    use super::super::certificate::tests::{issue, load};
+    use super::super::context::Terms;
+    use super::super::handshake::Facts;
+    use super::*;
+    use crate::client::connection::tests::connection;
+    use crate::client::stream::{ClientStream, Opening};
+    use crate::config::listener::Protocol;
+
+    /// A client that has sent a request over TLS, and the connection that has read it. `room` is the number of
+    /// encrypted bytes that a socket holds.
+    async fn asked(room: usize) -> (SslStream<DuplexStream>, ClientStream, Arc<Connection>) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let loaded = load(&issue(dir.path(), "a", &["a.test"])).expect("a certificate");
+        let written = serde_yaml::from_str("{ certificates: [] }").expect("keys of TLS");
+        let terms = Terms::build(&written, &[Protocol::Http1], None).unwrap_or_else(|_| panic!("terms"));
+        let ssl = Library::new(&terms.context(&loaded, None).expect("a context")).expect("a server");
+        let (client, io) = tokio::io::duplex(room);
+        let connection = connection("");
+        let mut raw = Raw::new(Box::new(io));
+        raw.tell(connection.clone());
+        let mut server = SslStream::new(ssl, raw).expect("a server");
+
+        let mut connector = SslConnector::builder(SslMethod::tls()).expect("TLS");
+        connector.set_verify(SslVerifyMode::NONE);
+        let ssl = connector.build().configure().and_then(|client| client.into_ssl("a.test")).expect("a client");
+        let mut client = SslStream::new(ssl, client).expect("a client");
+        let (shaken, accepted) = tokio::join!(Pin::new(&mut client).connect(), Pin::new(&mut server).accept());
+        shaken.expect("a handshake");
+        accepted.expect("a handshake");
+        let facts = Facts {
+            name: None,
+            version: "TLSv1.3",
+            cipher: "TLS_AES_128_GCM_SHA256",
+            h2: false,
+            resumed: false,
+            policy: None,
+            client: None,
+        };
+        connection.secure(facts, Instant::now(), Duration::ZERO);
+
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n").await.expect("room");
+        let mut stream = ClientStream::new(Box::new(TlsStream::new(server)), connection.clone());
+        assert!(matches!(stream.open().await, Ok(Opening::Http1(_))));
+        (client, stream, connection)
+    }
+
+    /// Whether the client has received the end (`close_notify`).
+    fn has_ended(client: &SslStream<DuplexStream>) -> bool {
+        // SAFETY: the pointer is to the client's own object.
+        unsafe { ffi::SSL_get_shutdown(client.ssl().as_ptr()) & ffi::SSL_RECEIVED_SHUTDOWN != 0 }
+    }
+
+    /// Reads what has arrived. `true`: the end (`close_notify`) is behind it.
+    fn arrived(client: &mut SslStream<DuplexStream>) -> (usize, bool) {
+        let (mut bytes, mut space) = (0, [0; 4096]);
+        while let Some(Ok(read @ 1..)) = client.read(&mut space).now_or_never() {
+            bytes += read;
+        }
+        (bytes, has_ended(client))
+    }
+
+    #[tokio::test]
+    async fn the_end_leaves_in_the_write_of_the_last_bytes_and_not_with_others() {
+        for (is_last, is_whole, is_cut) in
+            [(true, true, false), (false, true, false), (true, false, false), (true, true, true)]
+        {
+            let (mut client, mut stream, connection) = asked(1 << 16).await;
+            if is_last {
+                connection.end_after_answer();
+            }
+            if is_cut {
+                connection.break_off();
+            }
+            let mut pieces = VecDeque::from([Bytes::from_static(b"HTTP/1.1 200 OK\r\n\r\n"), Bytes::from_static(b"a")]);
+            let sent = std::future::poll_fn(|cx| stream.bypass().poll_send(cx, &mut pieces, is_whole)).await;
+            sent.expect("room");
+            let at_once = is_last && is_whole && !is_cut;
+            assert_eq!(arrived(&mut client), (20, at_once), "last {is_last}, whole {is_whole}, cut {is_cut}");
+            stream.close().await;
+            assert_eq!(arrived(&mut client), (0, !is_cut), "last {is_last}, whole {is_whole}, cut {is_cut}");
+        }
     }
 }
