@@ -8,6 +8,7 @@ pub mod certificate;
 pub mod challenge;
 mod context;
 pub mod handshake;
+mod rsa;
 mod staple;
 pub mod stream;
 pub mod table;

@@ -14,6 +14,7 @@ use pingora::tls::ssl_sys as ffi;
 use pingora::tls::x509::store::X509StoreBuilder;
 
 use super::certificate::{Clients, Loaded};
+use super::rsa;
 use super::tickets::Tickets;
 use crate::config;
 use crate::config::listener::Protocol;
@@ -103,6 +104,9 @@ impl Terms {
         }
         context.set_private_key(&loaded.key)?;
         context.check_private_key()?;
+        if let Some(signer) = rsa::Signer::of(&loaded.key) {
+            context.set_private_key_method(signer);
+        }
 
         let alpn = self.alpn.clone();
         // A client without a common protocol gets an alert (RFC 7301 §3.2).
