@@ -77,6 +77,7 @@ pub mod rates;
 pub mod relay;
 pub mod remains;
 pub mod session;
+pub mod socket;
 pub mod stream;
 pub mod tls;
 pub mod trailers;
@@ -114,6 +115,7 @@ use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
 use relay::{Passed, Relay};
 use remains::SettlesExchanges;
+use socket::ClientSocket;
 use stream::{ClientStream, Opening};
 
 /// Maximum time to send a client the refusal that the connection limit is reached.
@@ -210,38 +212,42 @@ where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
 {
-    /// Receives a socket that this listener accepted, and spawns a task for the connection.
-    pub async fn receive(self: &Arc<Self>, io: Stream, listener: &Arc<Listener>, shutdown: &ShutdownWatch) {
-        let digest = io.get_socket_digest();
-        let local = digest.as_ref().and_then(|digest| digest.local_addr());
-        let peer = digest.as_ref().and_then(|digest| digest.peer_addr()).and_then(|peer| peer.as_inet());
-        // An IPv4 client of a listener on [::] counts as IPv4.
-        let canonical = |end: &SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
-        let (peer, local) = (peer.map(canonical), local.and_then(|local| local.as_inet()).map(canonical));
-        let ends = Ends { peer, local };
-        match Counted::take(listener) {
-            Ok(counted) if entrance::is_needed(listener) => {
-                tokio::spawn(self.clone().enter(io, counted, ends, shutdown.clone()));
+    /// Receives a socket that this listener accepted, and spawns the task of its connection.
+    pub fn receive(self: Arc<Self>, socket: ClientSocket, listener: Arc<Listener>, shutdown: ShutdownWatch) {
+        let worker = pingora_runtime::current_handle();
+        if entrance::is_needed(&listener) {
+            worker.spawn(self.enter(socket, listener, shutdown));
+        } else {
+            worker.spawn(self.welcome(socket, listener, shutdown));
+        }
+    }
+
+    /// Serves a connection that begins with HTTP. This is the task of waiting connections, so what is rare is boxed.
+    async fn welcome(self: Arc<Self>, socket: ClientSocket, listener: Arc<Listener>, shutdown: ShutdownWatch) {
+        let (io, ends) = opened(socket);
+        let counted = Counted::take(&listener).and_then(|counted| counted.admit(ends.peer.map(|peer| peer.ip())));
+        match counted {
+            Ok(counted) => {
+                drop(listener);
+                let connection = Connection::new(counted, ends.peer, ends.local);
+                let stream = Box::new(ClientStream::new(io, connection.clone()));
+                Visit::new(self, connection, shutdown).serve(stream).await;
             }
-            Ok(counted) => match counted.admit(peer.map(|peer| peer.ip())) {
-                Ok(counted) => {
-                    let connection = Connection::new(counted, peer, local);
-                    let stream = Box::new(ClientStream::new(io, connection.clone()));
-                    tokio::spawn(Visit::new(self.clone(), connection, shutdown.clone()).serve(stream));
-                }
-                Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
-            },
-            // Clients of other protocols would not understand a response.
-            Err(refusal) if entrance::speaks_tls(listener) || listener.relays.tcp.is_some() => {
-                listener.metrics.refusals.count(refusal)
-            }
-            Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
+            Err(refusal) => Box::pin(self.desk.turn_away(io, &listener, ends, refusal)).await,
         }
     }
 
     /// Handles the steps of a connection before HTTP, and serves it.
-    async fn enter(self: Arc<Self>, io: Stream, counted: Counted, ends: Ends, mut shutdown: ShutdownWatch) {
-        let listener = counted.listener().clone();
+    async fn enter(self: Arc<Self>, socket: ClientSocket, listener: Arc<Listener>, mut shutdown: ShutdownWatch) {
+        let (io, ends) = opened(socket);
+        let counted = match Counted::take(&listener) {
+            Ok(counted) => counted,
+            // Clients of other protocols would not understand a response.
+            Err(refusal) if entrance::speaks_tls(&listener) || listener.relays.tcp.is_some() => {
+                return listener.metrics.refusals.count(refusal);
+            }
+            Err(refusal) => return Box::pin(self.desk.turn_away(io, &listener, ends, refusal)).await,
+        };
         let entered = tokio::select! {
             // Boxed, so that a waiting connection does not hold the memory of this future.
             entered = Box::pin(entrance::enter(io, counted, ends, &self.desk.metrics)) => entered,
@@ -334,6 +340,15 @@ impl Desk {
         let Some(_hears) = Hearing::enter(&self.turned_away) else { return };
         turn_away(io, refusal).await;
     }
+}
+
+/// The socket as a stream, and its ends.
+fn opened(socket: ClientSocket) -> (Stream, Ends) {
+    // An IPv4 client of a listener on [::] counts as IPv4.
+    let canonical = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+    let ends = Ends { peer: socket.peer().map(canonical), local: socket.local().map(canonical) };
+    // Without buffers: `client::stream` gathers writes itself, and frees its buffers between requests.
+    (Box::new(socket), ends)
 }
 
 /// The client of this listener, for the access log.

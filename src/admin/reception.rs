@@ -127,9 +127,7 @@ impl Service for Desk {
                 _ = shutdown.changed() => return,
             };
             match accepted {
-                Ok(mut stream) => {
-                    // An error means that it is gone again, which the first read finds as well.
-                    let _ = stream.set_nodelay();
+                Ok(stream) => {
                     let reception = self.reception.clone();
                     pingora_runtime::current_handle().spawn(reception.serve(Box::new(stream)));
                 }

@@ -5,14 +5,12 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use pingora::protocols::l4::stream::Stream;
-use pingora::protocols::{GetSocketDigest, SocketDigest};
 use pingora::server::ShutdownWatch;
 use socket2::SockRef;
 use tokio::sync::watch;
@@ -21,6 +19,7 @@ use super::Front;
 use super::connection::Listener;
 use super::descriptors::Doorway;
 use super::driver::Driven;
+use super::socket::ClientSocket;
 use crate::scheduler::accept::AcceptLimiter;
 
 /// Pause after the system could not provide a connection: the next attempt would fail at once.
@@ -52,7 +51,12 @@ enum Closing {
 /// A listening socket that a runtime watches.
 pub enum Open {
     /// A TCP socket.
-    Tcp(tokio::net::TcpListener),
+    Tcp {
+        /// The socket.
+        socket: tokio::net::TcpListener,
+        /// The local address of all its connections; `None` if they can have different ones.
+        local: Option<SocketAddr>,
+    },
     /// A Unix socket.
     Unix(tokio::net::UnixListener),
 }
@@ -129,7 +133,7 @@ impl Acceptor {
                         _ = stop.wait_for(|stop| *stop) => {}
                     }
                     limiter.count().await;
-                    self.hand_over(stream, &front, &stop);
+                    front.clone().receive(stream, self.listener(), stop.clone());
                 }
                 Err(error) => {
                     tracing::error!(listener = self.listener().name, %error, "a connection could not be accepted");
@@ -145,7 +149,7 @@ impl Acceptor {
         }
         // Clients that have already connected must not be reset.
         while let Ok(Some(stream)) = open.accept_waiting() {
-            self.hand_over(stream, &front, &stop);
+            front.clone().receive(stream, self.listener(), stop.clone());
         }
     }
 
@@ -153,20 +157,6 @@ impl Acceptor {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner).take();
         let socket = socket.ok_or_else(|| io::Error::other("the socket was opened before"))?;
         Open::new(socket, self.listener().unix)
-    }
-
-    fn hand_over<P>(&self, mut stream: Stream, front: &Arc<Front<P>>, stop: &ShutdownWatch)
-    where
-        P: Driven + Send + Sync + 'static,
-        P::CTX: Send + Sync + 'static,
-    {
-        if let Err(error) = stream.set_nodelay() {
-            tracing::debug!(%error, "an accepted connection has already closed");
-            return;
-        }
-        // Without buffers: `client::stream` gathers writes itself, and frees its buffers between requests.
-        let (front, listener, stop) = (front.clone(), self.listener(), stop.clone());
-        pingora_runtime::current_handle().spawn(async move { front.receive(Box::new(stream), &listener, &stop).await });
     }
 }
 
@@ -188,10 +178,14 @@ impl Open {
     ///
     /// If the runtime cannot watch it.
     pub fn new(socket: OwnedFd, unix: bool) -> io::Result<Open> {
-        Ok(match unix {
-            true => Open::Unix(tokio::net::UnixListener::from_std(socket.into())?),
-            false => Open::Tcp(tokio::net::TcpListener::from_std(socket.into())?),
-        })
+        if unix {
+            return Ok(Open::Unix(tokio::net::UnixListener::from_std(socket.into())?));
+        }
+        // Connections inherit the option, which saves a system call for each. A failure only delays small responses.
+        let _ = SockRef::from(&socket).set_tcp_nodelay(true);
+        let local = SockRef::from(&socket).local_addr()?.as_socket();
+        let local = local.filter(|local| !local.ip().is_unspecified() && !is_transparent(&socket, local));
+        Ok(Open::Tcp { socket: tokio::net::TcpListener::from_std(socket.into())?, local })
     }
 
     /// Waits for the next connection.
@@ -199,20 +193,20 @@ impl Open {
     /// # Errors
     ///
     /// The error of accept(2).
-    pub async fn accept(&self) -> io::Result<Stream> {
-        Ok(match self {
-            Open::Tcp(socket) => {
+    pub async fn accept(&self) -> io::Result<ClientSocket> {
+        match self {
+            Open::Tcp { socket, local } => {
                 let (stream, peer) = socket.accept().await?;
-                with_digest(stream.into(), Some(peer))
+                Ok(with_ends(stream, peer, *local))
             }
-            Open::Unix(socket) => with_digest(socket.accept().await?.0.into(), None),
-        })
+            Open::Unix(socket) => Ok(ClientSocket::Unix(socket.accept().await?.0)),
+        }
     }
 
     /// A connection that is already waiting, if any. It asks the kernel, since the runtime may not know of it yet.
-    fn accept_waiting(&self) -> io::Result<Option<Stream>> {
+    fn accept_waiting(&self) -> io::Result<Option<ClientSocket>> {
         let accepted = match self {
-            Open::Tcp(socket) => SockRef::from(socket).accept(),
+            Open::Tcp { socket, .. } => SockRef::from(socket).accept(),
             Open::Unix(socket) => SockRef::from(socket).accept(),
         };
         let (stream, peer) = match accepted {
@@ -221,25 +215,76 @@ impl Open {
             Err(error) => return Err(error),
         };
         stream.set_nonblocking(true)?;
-        Ok(Some(match self {
-            Open::Tcp(_) => with_digest(tokio::net::TcpStream::from_std(stream.into())?.into(), peer.as_socket()),
-            Open::Unix(_) => with_digest(tokio::net::UnixStream::from_std(stream.into())?.into(), None),
-        }))
+        match self {
+            Open::Tcp { local, .. } => {
+                let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+                Ok(Some(with_ends(tokio::net::TcpStream::from_std(stream.into())?, peer, *local)))
+            }
+            Open::Unix(_) => Ok(Some(ClientSocket::Unix(tokio::net::UnixStream::from_std(stream.into())?))),
+        }
     }
 }
 
-/// Stores the peer's address, which is not available after the connection has closed.
-fn with_digest(mut stream: Stream, peer: Option<SocketAddr>) -> Stream {
-    let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
-    if let Some(peer) = peer {
-        // The new digest has no address yet.
-        let _ = digest.peer_addr.set(Some(peer.into()));
+/// Adds the addresses of a connection, which the kernel does not know after the connection has closed. `local` is the
+/// address of the listening socket, if all connections have the same.
+fn with_ends(stream: tokio::net::TcpStream, peer: SocketAddr, local: Option<SocketAddr>) -> ClientSocket {
+    let local = local.or_else(|| stream.local_addr().ok());
+    ClientSocket::Tcp { stream, peer, local }
+}
+
+/// Whether a listening socket accepts connections to other addresses than its own (`IP_TRANSPARENT`).
+fn is_transparent(socket: &OwnedFd, local: &SocketAddr) -> bool {
+    let socket = SockRef::from(socket);
+    match local {
+        SocketAddr::V4(_) => socket.ip_transparent_v4(),
+        SocketAddr::V6(_) => socket.ip_transparent_v6(),
     }
-    stream.set_socket_digest(digest);
-    stream
+    // If the kernel does not tell, each connection is asked.
+    .unwrap_or(true)
 }
 
 /// Whether the error is a shortage that also affects the next connection (accept(2)).
 fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection to a listening socket with this address, and the client's socket.
+    async fn connected(address: &str) -> (Open, ClientSocket, std::net::TcpStream) {
+        let socket = std::net::TcpListener::bind(address).expect("a port");
+        socket.set_nonblocking(true).expect("a socket");
+        let port = socket.local_addr().expect("bound").port();
+        let open = Open::new(socket.into(), false).expect("a runtime");
+        let client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a connection");
+        let accepted = open.accept().await.expect("a connection");
+        (open, accepted, client)
+    }
+
+    #[tokio::test]
+    async fn a_connection_sends_without_delay_and_knows_its_ends() {
+        for (address, is_known) in [("127.0.0.1:0", true), ("0.0.0.0:0", false), ("[::]:0", false)] {
+            let (open, accepted, client) = connected(address).await;
+            let Open::Tcp { local, .. } = &open else { panic!("it listens on TCP") };
+            assert_eq!(local.is_some(), is_known, "{address}");
+            let ClientSocket::Tcp { stream, .. } = &accepted else { panic!("it listens on TCP") };
+            assert!(stream.nodelay().expect("a socket"), "{address}");
+            let canonical = |end: Option<SocketAddr>| end.map(|end| (end.ip().to_canonical(), end.port()));
+            let ends = [client.local_addr(), client.peer_addr()].map(|end| canonical(end.ok()));
+            assert_eq!([accepted.peer(), accepted.local()].map(canonical), ends, "{address}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_waiting_connection_is_like_any_other() {
+        let (open, _, first) = connected("127.0.0.1:0").await;
+        assert!(open.accept_waiting().expect("a socket").is_none());
+        let client = std::net::TcpStream::connect(first.peer_addr().expect("connected")).expect("a connection");
+        let accepted = open.accept_waiting().expect("a socket").expect("a connection");
+        assert_eq!(accepted.peer(), client.local_addr().ok());
+        let ClientSocket::Tcp { stream, .. } = &accepted else { panic!("it listens on TCP") };
+        assert!(stream.nodelay().expect("a socket"));
+    }
 }
