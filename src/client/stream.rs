@@ -246,9 +246,10 @@ impl ClientStream {
         let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, true)).await;
     }
 
-    /// Closes a connection that waits for its next request; bytes already sent still reach the client.
+    /// Closes a connection that waits for its next request; bytes already sent still reach the client. The caller drops
+    /// the stream next.
     pub async fn close(&mut self) {
-        let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, false)).await;
+        let _ = std::future::poll_fn(|cx| self.core().poll_end(cx, false)).await;
     }
 
     /// Whether the connection is kept after the current exchange, as its session decided. `None`: the exchange broke
@@ -257,9 +258,10 @@ impl ClientStream {
         self.core().outcome
     }
 
-    /// Closes a connection after its last response, which still reaches the client.
+    /// Closes a connection after its last response, which still reaches the client. The caller drops the stream next.
     pub async fn end(&mut self) {
-        Shutdown::shutdown(self).await;
+        let unread = !self.core().body_is_read();
+        let _ = std::future::poll_fn(|cx| self.core().poll_end(cx, unread)).await;
     }
 
     /// Observes whether the client still accepts bytes, while another owner has the stream.
@@ -764,17 +766,33 @@ impl Core {
         if self.farewell.is_none() {
             ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
             // The FIN counts as one byte.
-            if !unread
-                && self.inbox.is_empty()
-                && self.unsent() <= 1
-                && !matches!(self.poll_waste(cx), Poll::Ready(true))
-            {
+            if self.unsent() <= 1 && self.is_silent(cx, unread) {
                 return Poll::Ready(Ok(()));
             }
             self.farewell = Some(Farewell::begin(self.unsent()));
         }
         ready!(self.poll_linger(cx));
         Poll::Ready(Ok(()))
+    }
+
+    /// As [`Core::poll_close`], for a stream that its owner drops next. The drop itself closes the writing side of a
+    /// socket in clear text, so a client that has accepted everything costs no further system call.
+    fn poll_end(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
+        ready!(self.poll_flush(cx))?;
+        let ends_by_drop = self.connection.tls().is_none() && !self.connection.is_carried();
+        if self.farewell.is_none() && ends_by_drop && self.unsent() == 0 && self.is_silent(cx, unread) {
+            return Poll::Ready(Ok(()));
+        }
+        self.poll_close(cx, unread)
+    }
+
+    /// Whether the client has sent nothing that was not read. `unread`: part of its request was not. The kernel is asked,
+    /// too: the runtime learns of bytes only in its next round.
+    fn is_silent(&mut self, cx: &mut Context<'_>, unread: bool) -> bool {
+        !unread
+            && self.inbox.is_empty()
+            && net::unread(self.io.id()) == 0
+            && !matches!(self.poll_waste(cx), Poll::Ready(true))
     }
 
     /// Discards received bytes until the client closes or the farewell ends.
@@ -964,6 +982,7 @@ impl std::fmt::Debug for ClientStream {
 mod tests {
     use super::*;
     use crate::client::connection::tests::connection;
+    use crate::client::socket::ClientSocket;
     use crate::party::{Fault, Party};
     use futures::FutureExt;
     use proptest::prelude::*;
@@ -1064,6 +1083,34 @@ mod tests {
         assert_eq!(written.map_err(|error| error.kind()), Err(io::ErrorKind::TimedOut));
         assert!(begin.elapsed() > Duration::from_millis(8 * 60 + 150), "{:?}", begin.elapsed());
         assert_eq!(stream.core().connection.fault(), Some(Fault::new(Party::Client, Phase::Write, What::Silent)));
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_connection_comes_after_its_last_byte_and_without_a_reset() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        for extra in ["", "GET /next"] {
+            let address = listener.local_addr().expect("bound");
+            let mut client = tokio::net::TcpStream::connect(address).await.expect("a connection");
+            let (socket, peer) = listener.accept().await.expect("a connection");
+            let socket = ClientSocket::Tcp { stream: socket, peer, local: Some(address) };
+            let mut stream = ClientStream::new(Box::new(socket), connection(""));
+            client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("room");
+            assert!(matches!(stream.open().await, Ok(Opening::Http1(_))));
+            stream.write_all(b"an answer").await.expect("room");
+            stream.flush().await.expect("room");
+            client.write_all(extra.as_bytes()).await.expect("room");
+            let reads = async {
+                let mut got = Vec::new();
+                client.read_to_end(&mut got).await.expect("an end without a reset");
+                drop(client);
+                got
+            };
+            let ends = async {
+                stream.end().await;
+                drop(stream);
+            };
+            assert_eq!(tokio::join!(ends, reads).1, b"an answer", "{extra:?}");
+        }
     }
 
     #[tokio::test]
