@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -129,7 +129,7 @@ impl Acceptor {
             match accepted {
                 Ok(stream) => {
                     tokio::select! {
-                        () = doorway.pass() => {}
+                        () = doorway.pass(stream.as_raw_fd()) => {}
                         _ = stop.wait_for(|stop| *stop) => {}
                     }
                     limiter.count().await;

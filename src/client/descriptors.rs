@@ -120,9 +120,10 @@ impl Doorway {
         Ok(Doorway { below, known, metrics, complained: Mutex::new(None) })
     }
 
-    /// Ends when another connection may be accepted, usually at once.
-    pub async fn pass(&self) {
-        if !self.is_short() {
+    /// Ends when another connection may be accepted after the one with this descriptor, usually at once: the descriptor
+    /// was the lowest free one, so the kernel is asked only if it is not below the line.
+    pub async fn pass(&self, accepted: RawFd) {
+        if accepted < self.below || !self.is_short() {
             return;
         }
         self.complain();
@@ -231,7 +232,7 @@ pub(super) mod tests {
     #[test]
     fn the_door_is_open_while_a_low_descriptor_is_free() {
         let open = doorway(RawFd::MAX);
-        assert!(open.pass().now_or_never().is_some());
+        assert!(open.pass(RawFd::MAX - 1).now_or_never().is_some());
         assert_eq!((open.metrics.pauses.get(), open.metrics.paused.get()), (0, 0));
     }
 
@@ -239,7 +240,9 @@ pub(super) mod tests {
     async fn the_door_is_shut_until_descriptors_come_back() {
         let held: Vec<File> = (0..64).map(|_| File::open("/dev/null").unwrap()).collect();
         let door = doorway(held[32].as_raw_fd());
-        let mut pass = std::pin::pin!(door.pass());
+        let [low, high] = [31, 33].map(|place: usize| held[place].as_raw_fd());
+        assert!(door.pass(low).now_or_never().is_some(), "it was free itself");
+        let mut pass = std::pin::pin!(door.pass(high));
         assert!(tokio::time::timeout(3 * LOOK, &mut pass).await.is_err());
         assert_eq!((door.metrics.pauses.get(), door.metrics.paused.get()), (1, 1));
         drop(held);
