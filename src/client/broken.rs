@@ -43,6 +43,13 @@ impl Look {
         self.poll_or(cx, socket, leaving, || false)
     }
 
+    /// As [`Look::poll`], but the first look comes one interval after the first call. For waits that are mostly
+    /// shorter, and that something else ends if the client has left.
+    pub fn poll_later(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
+        self.due.get_or_insert_with(|| Instant::now() + INTERVAL);
+        self.poll(cx, socket, leaving)
+    }
+
     /// As [`Look::poll`], and also ready once the additional check returns true, which runs with each look.
     pub fn poll_or(
         &mut self,
@@ -127,6 +134,24 @@ mod tests {
             assert!(Instant::now() < until, "the reset went unnoticed");
             std::thread::yield_now();
         }
+    }
+
+    #[tokio::test]
+    async fn a_later_look_sees_the_same_but_not_in_a_wait_that_is_short() {
+        let (client, server) = pair();
+        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).expect("linger");
+        drop(client);
+        let socket = server.as_raw_fd();
+        let until = Instant::now() + Duration::from_secs(10);
+        while !is_broken(socket) {
+            assert!(Instant::now() < until, "the reset went unnoticed");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let mut look = Look::default();
+        let at_once = std::future::poll_fn(|cx| Poll::Ready(look.poll_later(cx, socket, Leaving::Broken))).await;
+        assert!(at_once.is_pending());
+        let seen = std::future::poll_fn(|cx| look.poll_later(cx, socket, Leaving::Broken));
+        tokio::time::timeout(Duration::from_secs(10), seen).await.expect("it is seen after an interval");
     }
 
     #[test]

@@ -844,7 +844,7 @@ impl Eye for Arriving {
 
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(socket) = self.connection.socket() else { return Poll::Pending };
-        self.look.poll(cx, socket, Leaving::Broken).map(|_| ())
+        self.look.poll_later(cx, socket, Leaving::Broken).map(|_| ())
     }
 }
 
