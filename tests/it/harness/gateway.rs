@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use forebay::config::Config;
 use forebay::filter::FilterType;
@@ -59,6 +60,8 @@ pub struct Gateway {
     thread: Option<JoinHandle<()>>,
     listeners: HashMap<String, SocketAddr>,
     admin: SocketAddr,
+    /// Dropped before its directory.
+    _shown: ShownAtFailure,
     dir: Arc<TempDir>,
 }
 
@@ -68,7 +71,25 @@ pub struct Process {
     web: SocketAddr,
     admin: SocketAddr,
     stderr: Arc<Mutex<String>>,
+    /// Dropped before its directory.
+    _shown: ShownAtFailure,
     dir: Arc<TempDir>,
+}
+
+/// Shows the end of the access log if its test fails.
+struct ShownAtFailure(PathBuf);
+
+impl Drop for ShownAtFailure {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            return;
+        }
+        // The log gathers lines for 10 ms.
+        thread::sleep(Duration::from_millis(50));
+        let log = fs::read_to_string(&self.0).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        eprintln!("the access log ends with:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+    }
 }
 
 /// One line of the access log.
@@ -365,7 +386,8 @@ impl Setup {
         let listeners = names.into_iter().filter_map(|name| Some((name.clone(), gateway.address(&name)?))).collect();
         let (handle, admin) = (gateway.handle(), gateway.admin_address().expect("an admin endpoint"));
         let thread = Some(thread::spawn(move || gateway.run()));
-        Gateway { handle, thread, listeners, admin, dir: self.dir.clone() }
+        let _shown = ShownAtFailure(log_path(&self.dir));
+        Gateway { handle, thread, listeners, admin, _shown, dir: self.dir.clone() }
     }
 
     /// Starts the program.
@@ -425,7 +447,8 @@ impl Setup {
         collect(child.stderr.take().expect("its standard error"), stderr.clone());
         let [web, admin] = ["web", "admin"].map(|name| announced(&mut child, &stderr, name));
         eventually("the program to be ready", || (get(admin, "/readyz").status == 200).then_some(()));
-        Process { child, web, admin, stderr, dir: self.dir.clone() }
+        let _shown = ShownAtFailure(log_path(&self.dir));
+        Process { child, web, admin, stderr, _shown, dir: self.dir.clone() }
     }
 }
 
