@@ -25,7 +25,10 @@ pub mod secure;
 pub mod tls;
 pub mod wire;
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -78,23 +81,45 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("its address").port()
 }
 
-/// Starts a program that listens on a chosen port, and waits until it does; retries if another process took the port.
+/// Whether this process listens on this TCP port.
+///
+/// A connection would not show it: the port may belong to another process by now, and a socket that connects to a port
+/// from the range of its own can be connected to itself.
+pub fn listens(pid: u32, port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let open: BTreeSet<_> = open.flat_map(|file| fs::read_link(file.path())).collect();
+    let port = format!(":{port:04X}");
+    ["tcp", "tcp6"].iter().any(|table| {
+        let sockets = fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+        sockets.lines().skip(1).any(|socket| {
+            let fields: Vec<&str> = socket.split_whitespace().collect();
+            let [_, local, _, state, _, _, _, _, _, inode, ..] = fields[..] else { return false };
+            state == LISTEN && local.ends_with(&port) && open.contains(Path::new(&format!("socket:[{inode}]")))
+        })
+    })
+}
+
+/// Starts a program that listens on chosen ports, and waits until it does; retries if another process took a port.
 ///
 /// # Panics
 ///
 /// If it never listens: with its standard error, which `spawn` must pipe or send to a file.
-pub fn listening(program: &str, mut spawn: impl FnMut(u16) -> Child) -> (Child, SocketAddr) {
+pub fn listening<const PORTS: usize>(
+    program: &str,
+    mut spawn: impl FnMut([u16; PORTS]) -> Child,
+) -> (Child, [SocketAddr; PORTS]) {
     for _ in 0..5 {
-        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let mut child = spawn(address.port());
-        let up = eventually(&format!("{program} to listen on {address}"), || {
+        let ports = [(); PORTS].map(|()| free_port());
+        let mut child = spawn(ports);
+        let up = eventually(&format!("{program} to listen on {ports:?}"), || {
             match child.try_wait().expect("the state of the child") {
                 Some(_) => Some(false),
-                None => TcpStream::connect(address).is_ok().then_some(true),
+                None => ports.iter().all(|&port| listens(child.id(), port)).then_some(true),
             }
         });
         if up {
-            return (child, address);
+            return (child, ports.map(|port| SocketAddr::from(([127, 0, 0, 1], port))));
         }
     }
     panic!("{program} ended five times over before it listened");

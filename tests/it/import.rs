@@ -226,7 +226,7 @@ impl Nginx {
             text.replace(written, &address.to_string())
         });
         let mut text = String::new();
-        let (child, address) = listening("nginx", |port| {
+        let (child, [address]) = listening("nginx", |[port]| {
             text = written.replace("127.0.0.1:8080", &format!("127.0.0.1:{port}"));
             let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                 .map(|kind| format!("{kind}_temp_path {}/{kind};", dir.path().display()))

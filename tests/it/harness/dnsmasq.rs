@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::{end, eventually, listening};
+use super::{end, eventually, listening, listens};
 
 /// A server for names below `test`; it is killed on drop.
 pub struct Dnsmasq {
@@ -30,7 +30,7 @@ impl Dnsmasq {
             (tempfile::tempdir().expect("a directory"), services.iter().map(|it| format!("--srv-host={it}")));
         let services: Vec<String> = services.collect();
         put(dir.path(), hosts);
-        let (child, address) = listening("dnsmasq", |port| spawn(dir.path(), port, &services));
+        let (child, [address]) = listening("dnsmasq", |[port]| spawn(dir.path(), port, &services));
         Dnsmasq { child, dir, address, services }
     }
 
@@ -57,7 +57,7 @@ impl Dnsmasq {
             if self.child.try_wait().expect("the state of the child").is_some() {
                 self.child = spawn(self.dir.path(), self.address.port(), &self.services);
             }
-            std::net::TcpStream::connect(self.address).ok()
+            listens(self.child.id(), self.address.port()).then_some(())
         });
     }
 }

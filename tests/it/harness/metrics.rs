@@ -87,7 +87,7 @@ impl Prometheus {
              scrape_configs: [ {{ job_name: forebay, static_configs: [ {{ targets: ['{admin}'] }} ] }} ]\n"
         );
         std::fs::write(&config, scrape).expect("its configuration");
-        let (child, address) = listening("prometheus", |port| {
+        let (child, [address]) = listening("prometheus", |[port]| {
             let log = File::create(dir.path().join("log")).expect("its log");
             Command::new("prometheus")
                 .arg(format!("--config.file={}", config.display()))

@@ -8,14 +8,14 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::{end, free_port, listening};
+use super::{end, listening};
 
 /// An nginx with one worker and three ports; it is killed on drop.
 pub struct Nginx {
     child: Child,
     dir: TempDir,
     address: SocketAddr,
-    h2c: u16,
+    h2c: SocketAddr,
     h2: u16,
 }
 
@@ -27,10 +27,8 @@ impl Nginx {
         let key = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
         fs::write(dir.path().join("cert.pem"), key.cert.pem()).expect("its certificate");
         fs::write(dir.path().join("key.pem"), key.signing_key.serialize_pem()).expect("its key");
-        let (mut h2c, mut h2) = (0, 0);
-        let (child, address) = listening("nginx", |port| {
-            (h2c, h2) = (free_port(), free_port());
-            fs::write(dir.path().join("nginx.conf"), config(dir.path(), [port, h2c, h2])).expect("its configuration");
+        let (child, [address, h2c, h2]) = listening("nginx", |ports| {
+            fs::write(dir.path().join("nginx.conf"), config(dir.path(), ports)).expect("its configuration");
             let log = fs::File::create(dir.path().join("log")).expect("its log");
             Command::new("/usr/sbin/nginx")
                 .arg("-p")
@@ -41,7 +39,7 @@ impl Nginx {
                 .spawn()
                 .expect("nginx, which `make test` installs")
         });
-        Nginx { child, dir, address, h2c, h2 }
+        Nginx { child, dir, address, h2c, h2: h2.port() }
     }
 
     /// Its HTTP/1 address.
@@ -51,7 +49,7 @@ impl Nginx {
 
     /// Its clear-text HTTP/2 address.
     pub fn h2c(&self) -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], self.h2c))
+        self.h2c
     }
 
     /// Its address for HTTP/2 over TLS, by the name in its certificate.

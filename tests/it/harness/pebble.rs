@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use super::dnsmasq::Dnsmasq;
 use super::secure::Authority;
-use super::{DEADLINE, end, eventually, free_port, listening};
+use super::{DEADLINE, end, eventually, listening, listens};
 
 /// An ACME server; it is killed on drop.
 pub struct Pebble {
@@ -66,8 +66,7 @@ impl Pebble {
             (tempfile::tempdir().expect("a directory"), Authority::new(), Dnsmasq::knowing(&hosts));
         let (http, tls) = (Gate::open(), Gate::open());
         let own = authority.issue(&["localhost", "127.0.0.1"]);
-        let management = free_port();
-        let (child, address) = listening("pebble", |port| {
+        let (child, [address, management]) = listening("pebble", |[port, management]| {
             let binding =
                 rules.binding.map(|(kid, key)| format!(r#", "externalAccountMACKeys": {{ "{kid}": "{key}" }}"#));
             let config = format!(
@@ -86,7 +85,7 @@ impl Pebble {
             spawn(dir.path(), &dns)
         });
         let pebble = Pebble { child: Some(child), address, dir, authority, dns, http, tls, advisor: None };
-        fs::write(pebble.dir.path().join("management"), management.to_string()).expect("a file");
+        fs::write(pebble.dir.path().join("management"), management.port().to_string()).expect("a file");
         pebble.fetch_root();
         pebble
     }
@@ -151,7 +150,7 @@ impl Pebble {
             if child.try_wait().expect("the state of the child").is_some() {
                 child = spawn(self.dir.path(), &self.dns);
             }
-            TcpStream::connect(self.address).ok()
+            listens(child.id(), self.address.port()).then_some(())
         });
         self.child = Some(child);
         self.fetch_root();

@@ -43,7 +43,7 @@ impl Peer {
 
     fn start(program: &str, arguments: &[&str], config: impl Fn(&str, u16) -> String) -> Peer {
         let dir = tempfile::tempdir().expect("a directory");
-        let (child, address) = listening(program, |port| {
+        let (child, [address]) = listening(program, |[port]| {
             let file = dir.path().join("peer.conf");
             fs::write(&file, config(&dir.path().display().to_string(), port)).expect("its configuration");
             let log = fs::File::create(dir.path().join("log")).expect("its log");
