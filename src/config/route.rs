@@ -339,7 +339,7 @@ pub struct Client {
     pub body_total: Time,
     /// Time limit between two chunks of the request body. After it, the request gets 408.
     pub body_idle: Time,
-    /// Time limit between two writes that the client accepts. After it, the connection is closed.
+    /// Longest time for which the client acknowledges no bytes. After it, the connection is closed.
     pub write_idle: Time,
     /// How a FIN from an HTTP/1 client is interpreted while it waits for its response. `answer`: the client has
     /// only finished sending and gets its response. `abort`: the client is gone, and the upstream request is
