@@ -247,7 +247,8 @@ fn a_client_that_stands_still_with_a_large_buffer_is_cut_in_time() {
                         let still = Instant::now();
                         gateway.wait_metric("forebay_refusals_total", |cut| cut >= 1.0);
                         let lasted = still.elapsed();
-                        assert!(lasted < 2 * LIMIT, "{over:?}, {keys}, {sips}: {lasted:?}");
+                        // Time for which the gateway has no CPU does not count.
+                        assert!(lasted < 5 * LIMIT, "{over:?}, {keys}, {sips}: {lasted:?}");
                         assert!(!sips || lasted >= LIMIT / 2, "{over:?}, {keys}: {lasted:?}");
                         straw.takes(Taking::All);
                         assert!(!asked.join().expect("the client").1, "{over:?}, {keys}");
@@ -305,7 +306,7 @@ fn an_endpoint_that_reads_slowly_but_steadily_from_a_large_buffer_has_its_time()
 #[test]
 fn an_endpoint_that_stands_still_with_a_large_buffer_is_left_in_time() {
     uploads(Taking::Nothing, |server, status, took| {
-        assert!(status == 504 && took < 2 * LIMIT, "{server}: {status}, {took:?}");
+        assert!(status == 504 && took < 5 * LIMIT, "{server}: {status}, {took:?}");
     });
 }
 
@@ -332,5 +333,5 @@ fn a_passed_connection_that_is_read_slowly_but_steadily_is_not_idle() {
     straw.takes(Taking::Nothing);
     let still = Instant::now();
     gateway.wait_metric("forebay_refusals_total{reason=\"receive.timeout\"}", |cut| cut >= 1.0);
-    assert!(still.elapsed() < 2 * LIMIT, "{:?}", still.elapsed());
+    assert!(still.elapsed() < 5 * LIMIT, "{:?}", still.elapsed());
 }
