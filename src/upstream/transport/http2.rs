@@ -316,7 +316,8 @@ impl Http2 {
         });
         self.pool.keep(&connection);
         let (pool, weak, driven_by) = (self.pool.clone(), Arc::downgrade(&connection), connection.driver.clone());
-        pingora_runtime::current_handle().spawn(async move {
+        // On this worker, whose event loop watches the socket: with another one, the connection would depend on both.
+        tokio::spawn(async move {
             if let Some(pauses) = worker::pauses() {
                 let _ = driven_by.set(pauses);
             }
