@@ -70,8 +70,8 @@ const CELLS: &[Cell] = &[
     Cell { name: "small", work: Work::Kept, bound: 67.5 },
     Cell { name: "rules", work: Work::Kept, bound: 70.5 },
     Cell { name: "skipped", work: Work::Kept, bound: 70.5 },
-    Cell { name: "connect", work: Work::Connecting, bound: 93.0 },
-    Cell { name: "1m", work: Work::Kept, bound: 153.0 },
+    Cell { name: "connect", work: Work::Connecting, bound: 85.0 },
+    Cell { name: "1m", work: Work::Kept, bound: 150.0 },
     Cell { name: "h2c", work: Work::Http2, bound: 87.0 },
     Cell { name: "upload", work: Work::Kept, bound: 91.0 },
 ];
