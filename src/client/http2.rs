@@ -24,7 +24,6 @@ use pingora::protocols::http::HttpTask;
 use pingora::protocols::http::custom::CustomMessageWrite;
 use pingora::protocols::http::custom::server::Session as CustomSession;
 use pingora::protocols::http::date::get_cached_date;
-use pingora::protocols::http::v2::write_body;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::protocols::{Digest, GetSocketDigest, UniqueID};
 use pingora::{Error, ErrorType, OrErr, Result};
@@ -35,7 +34,8 @@ use super::kept::Kept;
 use super::remains;
 use super::stream::{ClientStream, WeakBypass};
 use crate::error::{Refusal, refusal};
-use crate::party::wait::{FAR, NoClient, within};
+use crate::party::wait::NoClient;
+use crate::upstream::transport::http2::send_body;
 use conduct::Offence;
 use guard::{Guard, Watch};
 
@@ -323,11 +323,7 @@ impl Stream {
     async fn write(&mut self, data: Bytes, end: bool) -> Result<()> {
         let Some(mut send) = self.sending()? else { return Ok(()) };
         let bytes = data.len();
-        let limit = self.write_timeout.unwrap_or(FAR);
-        // The library's own limit would also run while the gateway does not.
-        let written = within(limit, NoClient::ItsIo, write_body(&mut send, data, end, None)).await;
-        let late = || Error::e_explain(ErrorType::WriteTimedout, format!("{limit:?} have passed"));
-        let written = written.unwrap_or_else(late);
+        let written = send_body(&mut send, data, end, self.write_timeout, NoClient::ItsIo).await;
         self.sent(send, if written.is_ok() { bytes } else { 0 }, end && written.is_ok());
         written
     }

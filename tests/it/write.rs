@@ -1,6 +1,9 @@
 //! Writing responses: slow clients get all of it, clients that stop reading are cut off.
 
+use std::thread;
+
 use crate::harness::client::request;
+use crate::harness::frames::{Frame, Frames, kind};
 use crate::harness::gateway::Watched;
 use crate::harness::nginx::noise;
 use crate::harness::{Client, End, Origin, Setup, ms, ok};
@@ -54,6 +57,29 @@ fn a_client_that_reads_a_little_now_and_then_is_not_cut() {
         read += client.bytes((header + body.len() - read).min(100_000)).len();
     }
     assert_eq!(gateway.log_line().reason(), "");
+}
+
+#[test]
+fn a_client_of_http_2_that_gives_credit_now_and_then_gets_all_of_a_filters_response() {
+    const BODY: usize = 150_000;
+    const CREDIT: u32 = 20_000;
+    let origin = Origin::named("origin");
+    let filters = format!("client: {{ write_idle: 1s }}, filters: [ {{ respond: {{ body: {} }} }} ]", "x".repeat(BODY));
+    let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").route(&filters).start();
+    let mut client = Frames::connect(gateway.web());
+    client.send(&Frame::get(1));
+    // The credit that each stream and connection begin with (RFC 9113 §6.9.2).
+    let (mut read, mut credit) = (0, 65_535);
+    while read < BODY {
+        if read == credit {
+            thread::sleep(ms(400));
+            client.send(&Frame::credit(0, CREDIT));
+            client.send(&Frame::credit(1, CREDIT));
+            credit += CREDIT as usize;
+        }
+        read += client.until(kind::DATA).payload.len();
+    }
+    assert_eq!((read, gateway.log_line().reason()), (BODY, ""));
 }
 
 #[test]

@@ -462,16 +462,30 @@ impl Exchange {
     }
 }
 
-/// Sends a chunk of a request of Forebay itself as the endpoint accepts it. Each wait is limited to `patience`.
-async fn write(body: &mut SendStream<Bytes>, mut data: Bytes, patience: Option<Duration>) -> Result<()> {
+/// Sends bytes of a body as the other side gives credit; each wait for it is limited to `patience`. `end`: they are the
+/// last ones. `reason` says why no client is watched.
+///
+/// # Errors
+///
+/// `WriteTimedout` if no credit comes in time, and others if the stream or its connection has ended.
+pub async fn send_body(
+    stream: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    end: bool,
+    patience: Option<Duration>,
+    reason: NoClient,
+) -> Result<()> {
+    if data.is_empty() && end {
+        return stream.send_data(data, true).or_err(ErrorType::WriteError, "ending a body over HTTP/2");
+    }
     while !data.is_empty() {
-        body.reserve_capacity(data.len());
-        let room = poll_fn(|cx| body.poll_capacity(cx));
-        let room = within(patience.unwrap_or(FAR), NoClient::Within, room).await;
-        let room = room.ok_or_else(|| Error::explain(ErrorType::WriteTimedout, "the endpoint takes nothing"))?;
+        stream.reserve_capacity(data.len());
+        let room = within(patience.unwrap_or(FAR), reason, poll_fn(|cx| stream.poll_capacity(cx))).await;
+        let room = room.ok_or_else(|| Error::explain(ErrorType::WriteTimedout, "no credit comes over HTTP/2"))?;
         let room = room.ok_or_else(|| Error::explain(ErrorType::H2Error, "the stream is over"))?;
         let part = data.split_to(room.or_err(ErrorType::H2Error, "while waiting for room")?.min(data.len()));
-        body.send_data(part, false).or_err(ErrorType::WriteError, "sending a body over HTTP/2")?;
+        let is_last = end && data.is_empty();
+        stream.send_data(part, is_last).or_err(ErrorType::WriteError, "sending a body over HTTP/2")?;
     }
     Ok(())
 }
@@ -554,11 +568,7 @@ impl client::Session for Exchange {
 
     async fn write_request_body(&mut self, data: Bytes, end: bool) -> Result<()> {
         let Some(body) = &mut self.body else { return Ok(()) };
-        write(body, data, self.write_timeout).await?;
-        if end {
-            body.send_data(Bytes::new(), true).or_err(ErrorType::WriteError, "ending a body over HTTP/2")?;
-        }
-        Ok(())
+        send_body(body, data, end, self.write_timeout, NoClient::Within).await
     }
 
     async fn finish_request_body(&mut self) -> Result<()> {
@@ -791,5 +801,40 @@ mod tests {
     fn a_stream_that_we_gave_up_ourselves_is_not_unbegun() {
         let refused = before_answer(h2::Error::from(Reason::REFUSED_STREAM));
         assert!(matches!(refused.retry, RetryType::Decided(false)), "only the endpoint can say so");
+    }
+    #[tokio::test(start_paused = true)]
+    async fn each_part_of_a_body_has_the_whole_limit() {
+        const LIMIT: Duration = Duration::from_secs(1);
+        let (near, far) = tokio::io::duplex(1 << 20);
+        // Gives credit now and then, but for longer than the limit altogether, and in the end none.
+        tokio::spawn(async move {
+            let mut server = h2::server::handshake(far).await.expect("a connection");
+            let (request, _respond) = server.accept().await.expect("a request").expect("a request");
+            let mut body = request.into_body();
+            let reads = async {
+                for _ in 0..20 {
+                    let data = body.data().await.expect("more").expect("data");
+                    tokio::time::sleep(LIMIT * 3 / 10).await;
+                    body.flow_control().release_capacity(data.len()).expect("its own bytes");
+                }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = reads => {}
+                _ = server.accept() => {}
+            }
+        });
+        let (send, connection) = Builder::new().handshake::<_, Bytes>(near).await.expect("a connection");
+        tokio::spawn(connection);
+        let request = Request::post("http://a.test/").body(()).expect("a request");
+        let (_answer, mut stream) = send.ready().await.expect("room").send_request(request, false).expect("a request");
+        let begun = tokio::time::Instant::now();
+        let mut send = async |bytes: usize| {
+            send_body(&mut stream, vec![0; bytes].into(), false, Some(LIMIT), NoClient::Within).await
+        };
+        send(300_000).await.expect("credit in time");
+        assert!(begun.elapsed() > 2 * LIMIT, "{:?}", begun.elapsed());
+        let late = send(300_000).await.expect_err("no more credit");
+        assert_eq!(late.etype(), &ErrorType::WriteTimedout);
     }
 }
