@@ -4,8 +4,8 @@
 //! no type of this module.
 //!
 //! A file passes through these modules in order: `syntax` (YAML), `include` (further files), `interpolate`
-//! (`${…}`), `decode` (types) and `check` (meaning); `parse` calls them. `place` turns the path of a finding into line and column, and
-//! `explain` rewords serde's errors. The result is a [`Report`].
+//! (`${…}`), `decode` (types) and `check` (meaning); `parse` calls them. `place` turns the path of a finding into line
+//! and column, and `explain` rewords serde's errors. The result is a [`Report`].
 
 // The format: one file per section.
 pub mod acme;

@@ -786,8 +786,8 @@ impl Core {
         self.poll_close(cx, unread)
     }
 
-    /// Whether the client has sent nothing that was not read. `unread`: part of its request was not. The kernel is asked,
-    /// too: the runtime learns of bytes only in its next round.
+    /// Whether the client has sent nothing that was not read. `unread`: part of its request was not. The kernel is
+    /// asked, too: the runtime learns of bytes only in its next round.
     fn is_silent(&mut self, cx: &mut Context<'_>, unread: bool) -> bool {
         !unread
             && self.inbox.is_empty()

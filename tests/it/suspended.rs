@@ -332,21 +332,29 @@ fn a_client_that_reads_while_the_gateway_is_suspended_gets_the_whole_response() 
 
 #[test]
 fn a_passed_connection_is_not_idle_while_the_gateway_is_suspended() {
-    let origin = Origin::playing(|connection| {
-        let mut wire = connection.into_wire();
-        loop {
-            let bytes = wire.what_is_there();
-            if bytes.is_empty() || wire.send(bytes).is_err() {
-                return;
-            }
-        }
-    });
+    let origin = Origin::playing(echo);
     let listener = format!("{{ name: db, address: \"127.0.0.1:0\", tcp: {{ upstream: app, {} }} }}", limit("idle"));
     let process = Setup::before(&origin).also_listener(&listener).spawn();
     let mut client = Client::connect(process.listens("db"));
+    is_echoed_after_a_suspension(&process, &mut client);
+}
+
+/// Sends back whatever comes.
+fn echo(connection: Connection) {
+    let mut wire = connection.into_wire();
+    loop {
+        let bytes = wire.what_is_there();
+        if bytes.is_empty() || wire.send(bytes).is_err() {
+            return;
+        }
+    }
+}
+
+/// What this client sends comes back, also after the gateway was suspended.
+fn is_echoed_after_a_suspension(process: &Process, client: &mut Client) {
     client.send(b"first");
     assert_eq!(client.bytes(5), b"first");
-    suspend(&process, || ());
+    suspend(process, || ());
     thread::sleep(LIMIT / 5);
     client.send(b"later");
     assert_eq!(client.bytes(5), b"later");
@@ -375,24 +383,11 @@ fn upgraded(process: &Process) -> Client {
 
 #[test]
 fn a_tunnel_is_not_idle_while_the_gateway_is_suspended() {
-    let origin = agreeing(|connection| {
-        let mut wire = connection.into_wire();
-        loop {
-            let bytes = wire.what_is_there();
-            if bytes.is_empty() || wire.send(bytes).is_err() {
-                return;
-            }
-        }
-    });
+    let origin = agreeing(echo);
     let timeouts = format!("timeouts: {{ connect: 60s, send: 60s, {}, {} }}", limit("wait"), limit("receive"));
     let process = Setup::before(&origin).upstream(&timeouts).spawn();
     let mut client = upgraded(&process);
-    client.send(b"first");
-    assert_eq!(client.bytes(5), b"first");
-    suspend(&process, || ());
-    thread::sleep(LIMIT / 5);
-    client.send(b"later");
-    assert_eq!(client.bytes(5), b"later");
+    is_echoed_after_a_suspension(&process, &mut client);
     let silent_since = Instant::now();
     client.closed();
     assert!(silent_since.elapsed() >= LIMIT * 9 / 10, "{:?}", silent_since.elapsed());
