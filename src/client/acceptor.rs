@@ -7,6 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -56,6 +57,8 @@ pub enum Open {
         socket: tokio::net::TcpListener,
         /// The local address of all its connections; `None` if they can have different ones.
         local: Option<SocketAddr>,
+        /// Whether connections from before it had TCP_NODELAY, which have not inherited the option, may still wait.
+        has_older: AtomicBool,
     },
     /// A Unix socket.
     Unix(tokio::net::UnixListener),
@@ -181,11 +184,13 @@ impl Open {
         if unix {
             return Ok(Open::Unix(tokio::net::UnixListener::from_std(socket.into())?));
         }
-        // Connections inherit the option, which saves a system call for each. A failure only delays small responses.
+        // Connections inherit the option, which saves a system call for each. Sockets of our own have it before they
+        // listen, others may not. A failure only delays small responses.
+        let has_older = AtomicBool::new(!SockRef::from(&socket).tcp_nodelay().unwrap_or(false));
         let _ = SockRef::from(&socket).set_tcp_nodelay(true);
         let local = SockRef::from(&socket).local_addr()?.as_socket();
         let local = local.filter(|local| !local.ip().is_unspecified() && !is_transparent(&socket, local));
-        Ok(Open::Tcp { socket: tokio::net::TcpListener::from_std(socket.into())?, local })
+        Ok(Open::Tcp { socket: tokio::net::TcpListener::from_std(socket.into())?, local, has_older })
     }
 
     /// Waits for the next connection.
@@ -195,8 +200,9 @@ impl Open {
     /// The error of accept(2).
     pub async fn accept(&self) -> io::Result<ClientSocket> {
         match self {
-            Open::Tcp { socket, local } => {
+            Open::Tcp { socket, local, has_older } => {
                 let (stream, peer) = socket.accept().await?;
+                never_delay(&stream, has_older);
                 Ok(with_ends(stream, peer, *local))
             }
             Open::Unix(socket) => Ok(ClientSocket::Unix(socket.accept().await?.0)),
@@ -216,12 +222,27 @@ impl Open {
         };
         stream.set_nonblocking(true)?;
         match self {
-            Open::Tcp { local, .. } => {
+            Open::Tcp { local, has_older, .. } => {
                 let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-                Ok(Some(with_ends(tokio::net::TcpStream::from_std(stream.into())?, peer, *local)))
+                let stream = tokio::net::TcpStream::from_std(stream.into())?;
+                never_delay(&stream, has_older);
+                Ok(Some(with_ends(stream, peer, *local)))
             }
             Open::Unix(_) => Ok(Some(ClientSocket::Unix(tokio::net::UnixStream::from_std(stream.into())?))),
         }
+    }
+}
+
+/// Sets TCP_NODELAY if the connection has not inherited it. The kernel queues connections in the order in which they
+/// were made, so the first one that has inherited it is the end of the older ones.
+fn never_delay(stream: &tokio::net::TcpStream, has_older: &AtomicBool) {
+    if !has_older.load(Ordering::Relaxed) {
+        return;
+    }
+    match stream.nodelay() {
+        Ok(true) => has_older.store(false, Ordering::Relaxed),
+        // A failure means that the connection is gone again, which the first read finds as well.
+        _ => _ = stream.set_nodelay(true),
     }
 }
 
@@ -274,6 +295,24 @@ mod tests {
             let canonical = |end: Option<SocketAddr>| end.map(|end| (end.ip().to_canonical(), end.port()));
             let ends = [client.local_addr(), client.peer_addr()].map(|end| canonical(end.ok()));
             assert_eq!([accepted.peer(), accepted.local()].map(canonical), ends, "{address}");
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_from_before_the_socket_was_opened_send_without_delay() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        socket.set_nonblocking(true).expect("a socket");
+        let address = socket.local_addr().expect("bound");
+        let connect = || std::net::TcpStream::connect(address).expect("a connection");
+        let _older = [connect(), connect()];
+        let open = Open::new(socket.into(), false).expect("a runtime");
+        let _newer = [connect(), connect()];
+        let Open::Tcp { has_older, .. } = &open else { panic!("it listens on TCP") };
+        for expected in [true, true, false, false] {
+            let accepted = open.accept().await.expect("a connection");
+            let ClientSocket::Tcp { stream, .. } = &accepted else { panic!("it listens on TCP") };
+            assert!(stream.nodelay().expect("a socket"));
+            assert_eq!(has_older.load(Ordering::Relaxed), expected);
         }
     }
 
