@@ -115,7 +115,7 @@ use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
 use relay::{Passed, Relay};
 use remains::SettlesExchanges;
-use socket::ClientSocket;
+use socket::Accepted;
 use stream::{ClientStream, Opening};
 
 /// Maximum time to send a client the refusal that the connection limit is reached.
@@ -212,19 +212,20 @@ where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
 {
-    /// Receives a socket that this listener accepted, and spawns the task of its connection.
-    pub fn receive(self: Arc<Self>, socket: ClientSocket, listener: Arc<Listener>, shutdown: ShutdownWatch) {
+    /// Receives a connection that this listener accepted, and spawns its task on a worker that Pingora draws. The event
+    /// loop of that worker alone watches its socket.
+    pub fn receive(self: Arc<Self>, accepted: Accepted, listener: Arc<Listener>, shutdown: ShutdownWatch) {
         let worker = pingora_runtime::current_handle();
         if entrance::is_needed(&listener) {
-            worker.spawn(self.enter(socket, listener, shutdown));
+            worker.spawn(self.enter(accepted, listener, shutdown));
         } else {
-            worker.spawn(self.welcome(socket, listener, shutdown));
+            worker.spawn(self.welcome(accepted, listener, shutdown));
         }
     }
 
     /// Serves a connection that begins with HTTP. This is the task of waiting connections, so what is rare is boxed.
-    async fn welcome(self: Arc<Self>, socket: ClientSocket, listener: Arc<Listener>, shutdown: ShutdownWatch) {
-        let (io, ends) = opened(socket);
+    async fn welcome(self: Arc<Self>, accepted: Accepted, listener: Arc<Listener>, shutdown: ShutdownWatch) {
+        let Some((io, ends)) = opened(accepted, &listener) else { return };
         let counted = Counted::take(&listener).and_then(|counted| counted.admit(ends.peer.map(|peer| peer.ip())));
         match counted {
             Ok(counted) => {
@@ -238,8 +239,8 @@ where
     }
 
     /// Handles the steps of a connection before HTTP, and serves it.
-    async fn enter(self: Arc<Self>, socket: ClientSocket, listener: Arc<Listener>, mut shutdown: ShutdownWatch) {
-        let (io, ends) = opened(socket);
+    async fn enter(self: Arc<Self>, accepted: Accepted, listener: Arc<Listener>, mut shutdown: ShutdownWatch) {
+        let Some((io, ends)) = opened(accepted, &listener) else { return };
         let counted = match Counted::take(&listener) {
             Ok(counted) => counted,
             // Clients of other protocols would not understand a response.
@@ -342,13 +343,15 @@ impl Desk {
     }
 }
 
-/// The socket as a stream, and its ends.
-fn opened(socket: ClientSocket) -> (Stream, Ends) {
+/// The connection as a stream that this worker watches, and its ends; `None` if the kernel cannot watch more.
+fn opened(accepted: Accepted, listener: &Listener) -> Option<(Stream, Ends)> {
+    let failed = |error| tracing::error!(listener = listener.name, %error, "a connection could not be watched");
+    let socket = accepted.watch().map_err(failed).ok()?;
     // An IPv4 client of a listener on [::] counts as IPv4.
     let canonical = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
     let ends = Ends { peer: socket.peer().map(canonical), local: socket.local().map(canonical) };
     // Without buffers: `client::stream` gathers writes itself, and frees its buffers between requests.
-    (Box::new(socket), ends)
+    Some((Box::new(socket), ends))
 }
 
 /// The client of this listener, for the access log.
@@ -660,11 +663,11 @@ where
                 }
                 return refuse(&refusal::HEADER_H2_STREAMS);
             };
-            // On a worker that Pingora draws, so that one connection does not occupy one worker.
-            let worker = pingora_runtime::current_handle();
+            // On the worker of the connection: on another one, an exchange would blame its client for a stall of the
+            // worker that reads and writes the client's bytes.
             match opened {
-                http2::Opened::Exchange(stream) => worker.spawn(active.exchange(stream, ending.clone())),
-                http2::Opened::Carried(carried) => worker.spawn(active.carry(*carried, ending.clone())),
+                http2::Opened::Exchange(stream) => tokio::spawn(active.exchange(stream, ending.clone())),
+                http2::Opened::Carried(carried) => tokio::spawn(active.carry(*carried, ending.clone())),
             };
         };
         let mut serve = std::pin::pin!(http2::serve(stream, &connection.listener, ending.clone(), begin, refuse));

@@ -6,15 +6,27 @@
 //! documented value and has no effect.
 
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use socket2::{SockAddr, SockRef};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// `SO_BUF_LOCK` of Linux, which the libc crate lacks: it selects the buffers that the kernel does not tune.
 const SO_BUF_LOCK: libc::c_int = 72;
 /// The flag for the receive buffer.
 const SOCK_RCVBUF_LOCK: libc::c_int = 2;
+
+/// Lets this thread's event loop watch a socket for bytes or connections to read.
+///
+/// # Errors
+///
+/// If the kernel cannot watch it.
+pub fn watch_reads(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is open, and nothing else can close it, since it is owned.
+    Ok(unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }?)
+}
 
 /// Number of sent bytes that the peer's host has not acknowledged; a FIN counts as one. 0 for a descriptor that is not
 /// a socket.

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use crate::client::acceptor::Open;
 use crate::client::connection::Inflight;
 use crate::client::entrance;
+use crate::client::socket::Accepted;
 use crate::client::tls::Tls;
 
 use super::{Admin, KEPT_SECONDS};
@@ -122,14 +123,13 @@ impl Service for Desk {
         };
         loop {
             let accepted = tokio::select! {
-                accepted = open.accept() => accepted,
+                accepted = open.accept() => accepted.and_then(Accepted::watch),
                 _ = closing.wait_for(|closing| *closing) => return,
                 _ = shutdown.changed() => return,
             };
             match accepted {
-                Ok(stream) => {
-                    let reception = self.reception.clone();
-                    pingora_runtime::current_handle().spawn(reception.serve(Box::new(stream)));
+                Ok(socket) => {
+                    tokio::spawn(self.reception.clone().serve(Box::new(socket)));
                 }
                 Err(error) => {
                     tracing::error!(%error, "the admin endpoint could not accept a connection");

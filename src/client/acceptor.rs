@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,14 +13,18 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use pingora::server::ShutdownWatch;
+use rustix::net::SocketFlags;
 use socket2::SockRef;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use super::Front;
 use super::connection::Listener;
 use super::descriptors::Doorway;
 use super::driver::Driven;
-use super::socket::ClientSocket;
+use super::socket::{Accepted, TcpEnds};
+use crate::net;
 use crate::scheduler::accept::AcceptLimiter;
 
 /// Pause after the system could not provide a connection: the next attempt would fail at once.
@@ -49,19 +53,19 @@ enum Closing {
     HandedOver,
 }
 
-/// A listening socket that a runtime watches.
-pub enum Open {
-    /// A TCP socket.
-    Tcp {
-        /// The socket.
-        socket: tokio::net::TcpListener,
-        /// The local address of all its connections; `None` if they can have different ones.
-        local: Option<SocketAddr>,
-        /// Whether connections from before it had TCP_NODELAY, which have not inherited the option, may still wait.
-        has_older: AtomicBool,
-    },
-    /// A Unix socket.
-    Unix(tokio::net::UnixListener),
+/// A listening socket that this thread's event loop watches.
+pub struct Open {
+    socket: AsyncFd<OwnedFd>,
+    /// `None` for a Unix socket.
+    tcp: Option<Tcp>,
+}
+
+/// What is known of a listening TCP socket.
+struct Tcp {
+    /// The local address of all its connections; `None` if they can have different ones.
+    local: Option<SocketAddr>,
+    /// Whether connections from before it had TCP_NODELAY, which have not inherited the option, may still wait.
+    has_older: AtomicBool,
 }
 
 impl Acceptor {
@@ -130,13 +134,13 @@ impl Acceptor {
                 _ = closed.wait_for(|closing| *closing != Closing::Open) => break,
             };
             match accepted {
-                Ok(stream) => {
+                Ok(accepted) => {
                     tokio::select! {
-                        () = doorway.pass(stream.as_raw_fd()) => {}
+                        () = doorway.pass(accepted.as_fd().as_raw_fd()) => {}
                         _ = stop.wait_for(|stop| *stop) => {}
                     }
                     limiter.count().await;
-                    front.clone().receive(stream, self.listener(), stop.clone());
+                    front.clone().receive(accepted, self.listener(), stop.clone());
                 }
                 Err(error) => {
                     tracing::error!(listener = self.listener().name, %error, "a connection could not be accepted");
@@ -151,8 +155,8 @@ impl Acceptor {
             return;
         }
         // Clients that have already connected must not be reset.
-        while let Ok(Some(stream)) = open.accept_waiting() {
-            front.clone().receive(stream, self.listener(), stop.clone());
+        while let Ok(accepted) = open.accept_waiting() {
+            front.clone().receive(accepted, self.listener(), stop.clone());
         }
     }
 
@@ -175,22 +179,14 @@ impl Drop for Acceptor {
 }
 
 impl Open {
-    /// Registers a listening, non-blocking socket with this thread's runtime.
+    /// Registers a listening, non-blocking socket with this thread's event loop.
     ///
     /// # Errors
     ///
-    /// If the runtime cannot watch it.
+    /// If the kernel cannot watch it.
     pub fn new(socket: OwnedFd, unix: bool) -> io::Result<Open> {
-        if unix {
-            return Ok(Open::Unix(tokio::net::UnixListener::from_std(socket.into())?));
-        }
-        // Connections inherit the option, which saves a system call for each. Sockets of our own have it before they
-        // listen, others may not. A failure only delays small responses.
-        let has_older = AtomicBool::new(!SockRef::from(&socket).tcp_nodelay().unwrap_or(false));
-        let _ = SockRef::from(&socket).set_tcp_nodelay(true);
-        let local = SockRef::from(&socket).local_addr()?.as_socket();
-        let local = local.filter(|local| !local.ip().is_unspecified() && !is_transparent(&socket, local));
-        Ok(Open::Tcp { socket: tokio::net::TcpListener::from_std(socket.into())?, local, has_older })
+        let tcp = if unix { None } else { Some(Tcp::new(&socket)?) };
+        Ok(Open { socket: net::watch_reads(socket)?, tcp })
     }
 
     /// Waits for the next connection.
@@ -198,59 +194,50 @@ impl Open {
     /// # Errors
     ///
     /// The error of accept(2).
-    pub async fn accept(&self) -> io::Result<ClientSocket> {
-        match self {
-            Open::Tcp { socket, local, has_older } => {
-                let (stream, peer) = socket.accept().await?;
-                never_delay(&stream, has_older);
-                Ok(with_ends(stream, peer, *local))
-            }
-            Open::Unix(socket) => Ok(ClientSocket::Unix(socket.accept().await?.0)),
-        }
+    pub async fn accept(&self) -> io::Result<Accepted> {
+        self.socket.async_io(Interest::READABLE, |_| self.accept_waiting()).await
     }
 
-    /// A connection that is already waiting, if any. It asks the kernel, since the runtime may not know of it yet.
-    fn accept_waiting(&self) -> io::Result<Option<ClientSocket>> {
-        let accepted = match self {
-            Open::Tcp { socket, .. } => SockRef::from(socket).accept(),
-            Open::Unix(socket) => SockRef::from(socket).accept(),
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        stream.set_nonblocking(true)?;
-        match self {
-            Open::Tcp { local, has_older, .. } => {
-                let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-                let stream = tokio::net::TcpStream::from_std(stream.into())?;
-                never_delay(&stream, has_older);
-                Ok(Some(with_ends(stream, peer, *local)))
-            }
-            Open::Unix(_) => Ok(Some(ClientSocket::Unix(tokio::net::UnixStream::from_std(stream.into())?))),
-        }
+    /// Accepts a connection that is already waiting. It asks the kernel, since the event loop may not know of it yet.
+    ///
+    /// # Errors
+    ///
+    /// The error of accept(2): `WouldBlock` if none is waiting.
+    fn accept_waiting(&self) -> io::Result<Accepted> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (socket, peer) = rustix::net::acceptfrom_with(&self.socket, flags)?;
+        let Some(tcp) = &self.tcp else { return Ok(Accepted { socket, ends: None }) };
+        let peer = peer.and_then(|peer| peer.try_into().ok()).ok_or(io::ErrorKind::InvalidData)?;
+        tcp.never_delay(&socket);
+        // The kernel does not know the address after the connection has closed.
+        let local = tcp.local.or_else(|| SockRef::from(&socket).local_addr().ok()?.as_socket());
+        Ok(Accepted { socket, ends: Some(TcpEnds { peer, local }) })
     }
 }
 
-/// Sets TCP_NODELAY if the connection has not inherited it. The kernel queues connections in the order in which they
-/// were made, so the first one that has inherited it is the end of the older ones.
-fn never_delay(stream: &tokio::net::TcpStream, has_older: &AtomicBool) {
-    if !has_older.load(Ordering::Relaxed) {
-        return;
+impl Tcp {
+    fn new(socket: &OwnedFd) -> io::Result<Tcp> {
+        // Connections inherit the option, which saves a system call for each. Sockets of our own have it before they
+        // listen, others may not. A failure only delays small responses.
+        let has_older = AtomicBool::new(!SockRef::from(socket).tcp_nodelay().unwrap_or(false));
+        let _ = SockRef::from(socket).set_tcp_nodelay(true);
+        let local = SockRef::from(socket).local_addr()?.as_socket();
+        let local = local.filter(|local| !local.ip().is_unspecified() && !is_transparent(socket, local));
+        Ok(Tcp { local, has_older })
     }
-    match stream.nodelay() {
-        Ok(true) => has_older.store(false, Ordering::Relaxed),
-        // A failure means that the connection is gone again, which the first read finds as well.
-        _ => _ = stream.set_nodelay(true),
-    }
-}
 
-/// Adds the addresses of a connection, which the kernel does not know after the connection has closed. `local` is the
-/// address of the listening socket, if all connections have the same.
-fn with_ends(stream: tokio::net::TcpStream, peer: SocketAddr, local: Option<SocketAddr>) -> ClientSocket {
-    let local = local.or_else(|| stream.local_addr().ok());
-    ClientSocket::Tcp { stream, peer, local }
+    /// Sets TCP_NODELAY if the connection has not inherited it. The kernel queues connections in the order in which
+    /// they were made, so the first one that has inherited it is the end of the older ones.
+    fn never_delay(&self, connection: &OwnedFd) {
+        if !self.has_older.load(Ordering::Relaxed) {
+            return;
+        }
+        match SockRef::from(connection).tcp_nodelay() {
+            Ok(true) => self.has_older.store(false, Ordering::Relaxed),
+            // A failure means that the connection is gone again, which the first read finds as well.
+            _ => _ = SockRef::from(connection).set_tcp_nodelay(true),
+        }
+    }
 }
 
 /// Whether a listening socket accepts connections to other addresses than its own (`IP_TRANSPARENT`).
@@ -271,59 +258,86 @@ fn is_shortage(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
+    use tokio::io::AsyncWriteExt;
+
     use super::*;
 
-    /// A connection to a listening socket with this address, and the client's socket.
-    async fn connected(address: &str) -> (Open, ClientSocket, std::net::TcpStream) {
+    fn listening(address: &str) -> (OwnedFd, SocketAddr) {
         let socket = std::net::TcpListener::bind(address).expect("a port");
         socket.set_nonblocking(true).expect("a socket");
         let port = socket.local_addr().expect("bound").port();
-        let open = Open::new(socket.into(), false).expect("a runtime");
-        let client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("a connection");
-        let accepted = open.accept().await.expect("a connection");
-        (open, accepted, client)
+        (socket.into(), ([127, 0, 0, 1], port).into())
+    }
+
+    fn connect(address: SocketAddr) -> std::net::TcpStream {
+        std::net::TcpStream::connect(address).expect("a connection")
+    }
+
+    fn is_nodelay(accepted: &Accepted) -> bool {
+        SockRef::from(&accepted.socket).tcp_nodelay().expect("a socket")
     }
 
     #[tokio::test]
     async fn a_connection_sends_without_delay_and_knows_its_ends() {
         for (address, is_known) in [("127.0.0.1:0", true), ("0.0.0.0:0", false), ("[::]:0", false)] {
-            let (open, accepted, client) = connected(address).await;
-            let Open::Tcp { local, .. } = &open else { panic!("it listens on TCP") };
-            assert_eq!(local.is_some(), is_known, "{address}");
-            let ClientSocket::Tcp { stream, .. } = &accepted else { panic!("it listens on TCP") };
-            assert!(stream.nodelay().expect("a socket"), "{address}");
+            let (socket, to) = listening(address);
+            let open = Open::new(socket, false).expect("an event loop");
+            assert_eq!(open.tcp.as_ref().expect("TCP").local.is_some(), is_known, "{address}");
+            let client = connect(to);
+            let accepted = open.accept().await.expect("a connection");
+            assert!(is_nodelay(&accepted), "{address}");
+            let ends = accepted.ends.expect("TCP");
             let canonical = |end: Option<SocketAddr>| end.map(|end| (end.ip().to_canonical(), end.port()));
-            let ends = [client.local_addr(), client.peer_addr()].map(|end| canonical(end.ok()));
-            assert_eq!([accepted.peer(), accepted.local()].map(canonical), ends, "{address}");
+            let expected = [client.local_addr(), client.peer_addr()].map(|end| canonical(end.ok()));
+            assert_eq!([Some(ends.peer), ends.local].map(canonical), expected, "{address}");
+            let mut watched = accepted.watch().expect("an event loop");
+            assert_eq!([watched.peer(), watched.local()].map(canonical), expected, "{address}");
+            watched.write_all(b"x").await.expect("a connection");
+            (&client).read_exact(&mut [0]).expect("its byte");
         }
     }
 
     #[tokio::test]
     async fn connections_from_before_the_socket_was_opened_send_without_delay() {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        socket.set_nonblocking(true).expect("a socket");
-        let address = socket.local_addr().expect("bound");
-        let connect = || std::net::TcpStream::connect(address).expect("a connection");
-        let _older = [connect(), connect()];
-        let open = Open::new(socket.into(), false).expect("a runtime");
-        let _newer = [connect(), connect()];
-        let Open::Tcp { has_older, .. } = &open else { panic!("it listens on TCP") };
-        for expected in [true, true, false, false] {
+        let (socket, to) = listening("127.0.0.1:0");
+        let _older = [connect(to), connect(to)];
+        let open = Open::new(socket, false).expect("an event loop");
+        let _newer = [connect(to), connect(to)];
+        for has_older in [true, true, false, false] {
             let accepted = open.accept().await.expect("a connection");
-            let ClientSocket::Tcp { stream, .. } = &accepted else { panic!("it listens on TCP") };
-            assert!(stream.nodelay().expect("a socket"));
-            assert_eq!(has_older.load(Ordering::Relaxed), expected);
+            assert!(is_nodelay(&accepted));
+            assert_eq!(open.tcp.as_ref().expect("TCP").has_older.load(Ordering::Relaxed), has_older);
         }
     }
 
     #[tokio::test]
-    async fn a_waiting_connection_is_like_any_other() {
-        let (open, _, first) = connected("127.0.0.1:0").await;
-        assert!(open.accept_waiting().expect("a socket").is_none());
-        let client = std::net::TcpStream::connect(first.peer_addr().expect("connected")).expect("a connection");
-        let accepted = open.accept_waiting().expect("a socket").expect("a connection");
-        assert_eq!(accepted.peer(), client.local_addr().ok());
-        let ClientSocket::Tcp { stream, .. } = &accepted else { panic!("it listens on TCP") };
-        assert!(stream.nodelay().expect("a socket"));
+    async fn a_connection_that_waits_is_found_and_does_not_block() {
+        let (socket, to) = listening("127.0.0.1:0");
+        let open = Open::new(socket, false).expect("an event loop");
+        let none = open.accept_waiting().map(|_| ()).map_err(|error| error.kind());
+        assert_eq!(none, Err(io::ErrorKind::WouldBlock));
+        let client = connect(to);
+        let accepted = open.accept_waiting().expect("a connection");
+        assert_eq!(accepted.ends.map(|ends| ends.peer), client.local_addr().ok());
+        let read = std::net::TcpStream::from(accepted.socket).read(&mut [0]).map_err(|error| error.kind());
+        assert_eq!(read, Err(io::ErrorKind::WouldBlock));
+    }
+
+    #[tokio::test]
+    async fn a_connection_through_a_unix_socket_has_no_ends() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("web.sock");
+        let socket = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+        socket.set_nonblocking(true).expect("a socket");
+        let open = Open::new(socket.into(), true).expect("an event loop");
+        let mut client = std::os::unix::net::UnixStream::connect(&path).expect("a connection");
+        let accepted = open.accept().await.expect("a connection");
+        assert_eq!(accepted.ends, None);
+        let mut watched = accepted.watch().expect("an event loop");
+        assert_eq!((watched.peer(), watched.local()), (None, None));
+        watched.write_all(b"x").await.expect("a connection");
+        client.read_exact(&mut [0]).expect("its byte");
     }
 }

@@ -5,7 +5,7 @@
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -19,17 +19,53 @@ use pingora::protocols::{
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-/// An accepted connection, without buffers.
+/// An accepted connection that no event loop watches yet, so that the worker that serves it can.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The socket, which does not block.
+    pub socket: OwnedFd,
+    /// The ends of a TCP connection; `None` on a Unix socket.
+    pub ends: Option<TcpEnds>,
+}
+
+/// The two ends of a TCP connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpEnds {
+    /// The client's address.
+    pub peer: SocketAddr,
+    /// The address that the client has connected to. `None` if it had closed the connection before it was asked.
+    pub local: Option<SocketAddr>,
+}
+
+impl Accepted {
+    /// Lets this thread's event loop watch the connection.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel cannot watch more.
+    pub fn watch(self) -> io::Result<ClientSocket> {
+        Ok(match self.ends {
+            Some(ends) => ClientSocket::Tcp { stream: TcpStream::from_std(self.socket.into())?, ends },
+            None => ClientSocket::Unix(UnixStream::from_std(self.socket.into())?),
+        })
+    }
+}
+
+impl AsFd for Accepted {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// A connection that an event loop watches, without buffers.
 #[derive(Debug)]
 pub enum ClientSocket {
-    /// A TCP connection and its two ends.
+    /// A TCP connection.
     Tcp {
         /// The socket.
         stream: TcpStream,
-        /// The client's address.
-        peer: SocketAddr,
-        /// The address that the client has connected to. `None` if it had closed the connection before it was asked.
-        local: Option<SocketAddr>,
+        /// Its ends.
+        ends: TcpEnds,
     },
     /// A connection through a Unix socket, whose clients have no address.
     Unix(UnixStream),
@@ -39,7 +75,7 @@ impl ClientSocket {
     /// The client's address; `None` on a Unix socket.
     pub fn peer(&self) -> Option<SocketAddr> {
         match self {
-            ClientSocket::Tcp { peer, .. } => Some(*peer),
+            ClientSocket::Tcp { ends, .. } => Some(ends.peer),
             ClientSocket::Unix(_) => None,
         }
     }
@@ -47,7 +83,7 @@ impl ClientSocket {
     /// The local address; `None` on a Unix socket.
     pub fn local(&self) -> Option<SocketAddr> {
         match self {
-            ClientSocket::Tcp { local, .. } => *local,
+            ClientSocket::Tcp { ends, .. } => ends.local,
             ClientSocket::Unix(_) => None,
         }
     }

@@ -982,7 +982,7 @@ impl std::fmt::Debug for ClientStream {
 mod tests {
     use super::*;
     use crate::client::connection::tests::connection;
-    use crate::client::socket::ClientSocket;
+    use crate::client::socket::{ClientSocket, TcpEnds};
     use crate::party::{Fault, Party};
     use futures::FutureExt;
     use proptest::prelude::*;
@@ -1091,8 +1091,8 @@ mod tests {
         for extra in ["", "GET /next"] {
             let address = listener.local_addr().expect("bound");
             let mut client = tokio::net::TcpStream::connect(address).await.expect("a connection");
-            let (socket, peer) = listener.accept().await.expect("a connection");
-            let socket = ClientSocket::Tcp { stream: socket, peer, local: Some(address) };
+            let (stream, peer) = listener.accept().await.expect("a connection");
+            let socket = ClientSocket::Tcp { stream, ends: TcpEnds { peer, local: Some(address) } };
             let mut stream = ClientStream::new(Box::new(socket), connection(""));
             client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("room");
             assert!(matches!(stream.open().await, Ok(Opening::Http1(_))));

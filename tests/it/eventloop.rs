@@ -242,3 +242,28 @@ fn an_endpoint_is_not_accused_of_a_stall_of_the_worker_that_drives_its_connectio
     }
     panic!("one worker was never stalled while the endpoint was in time");
 }
+
+#[test]
+fn a_stall_of_one_worker_holds_up_no_client_of_another() {
+    // Which worker accepts connections and which one stalls is drawn, so several stalls are needed to see both cases.
+    const STALLS: [&str; 6] = ["stall 1", "stall 2", "stall 3", "stall 4", "stall 5", "stall 6"];
+    let origin = Origin::named("origin");
+    let gateway = sleepy(&origin).server("threads: 2").observability("event_loop: { stall_threshold: 200ms }").start();
+    for stall in STALLS {
+        // That all of them share a worker is very unlikely.
+        let mut clients = [(); 20].map(|()| gateway.client());
+        clients.iter_mut().for_each(|client| assert_eq!(client.get("/").status, 200));
+        let [sleeper, others @ ..] = &mut clients;
+        sleeper.send(format!("GET / HTTP/1.1\r\nHost: test\r\nX-Until: {stall}\r\n\r\n"));
+        gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 1.0);
+        let begun = Instant::now();
+        others.iter_mut().for_each(|client| client.send("GET / HTTP/1.1\r\nHost: test\r\n\r\n"));
+        eventually("a response by the other worker", || {
+            others.iter_mut().any(|client| !client.is_silent()).then_some(())
+        });
+        assert!(begun.elapsed() < DEADLINE / 2, "the response came once the stall had ended");
+        wake(stall);
+        clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+        gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 0.0);
+    }
+}
