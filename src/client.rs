@@ -464,6 +464,7 @@ where
         let _accept = (self.served == 0).then(|| metrics.enter_phase(Phase::Accept, self.connection.accepted));
         let idle = self.connection.listener.terms.idle_timeout;
         tokio::select! {
+            biased;
             came = within(idle, NoClient::ItsIo, stream.park()) => came.unwrap_or(false),
             _ = self.shutdown.wait_for(|stopping| *stopping) => false,
         }

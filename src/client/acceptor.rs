@@ -3,19 +3,20 @@
 //! A socket outlives the configuration of its listener: after a change, new connections belong to the listener as
 //! currently configured.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use pingora::server::ShutdownWatch;
 use rustix::net::SocketFlags;
 use socket2::SockRef;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
@@ -126,16 +127,25 @@ impl Acceptor {
             }
         };
         let mut closed = self.close.subscribe();
+        let mut stopped = stop.clone();
+        // One future for all connections: to begin and end such waits for each takes as long as to accept it.
+        let mut ends = std::pin::pin!(async {
+            tokio::select! {
+                _ = stopped.wait_for(|stop| *stop) => {}
+                _ = closed.wait_for(|closing| *closing != Closing::Open) => {}
+            }
+        });
         let mut limiter = AcceptLimiter::new(front.schedulers().clone());
         loop {
             let accepted = tokio::select! {
+                biased;
+                () = &mut ends => break,
                 accepted = open.accept() => accepted,
-                _ = stop.wait_for(|stop| *stop) => break,
-                _ = closed.wait_for(|closing| *closing != Closing::Open) => break,
             };
             match accepted {
                 Ok(accepted) => {
                     tokio::select! {
+                        biased;
                         () = doorway.pass(accepted.as_fd().as_raw_fd()) => {}
                         _ = stop.wait_for(|stop| *stop) => {}
                     }
@@ -151,7 +161,7 @@ impl Acceptor {
             }
         }
         self.duplicate.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if *closed.borrow() == Closing::HandedOver {
+        if *self.close.borrow() == Closing::HandedOver {
             return;
         }
         // Clients that have already connected must not be reset.
@@ -195,7 +205,16 @@ impl Open {
     ///
     /// The error of accept(2).
     pub async fn accept(&self) -> io::Result<Accepted> {
-        self.socket.async_io(Interest::READABLE, |_| self.accept_waiting()).await
+        // Unlike `async_io`, this adds no entry to a list of waiting tasks for each connection.
+        poll_fn(|cx| {
+            loop {
+                let mut ready = ready!(self.socket.poll_read_ready(cx))?;
+                if let Ok(accepted) = ready.try_io(|_| self.accept_waiting()) {
+                    return Poll::Ready(accepted);
+                }
+            }
+        })
+        .await
     }
 
     /// Accepts a connection that is already waiting. It asks the kernel, since the event loop may not know of it yet.

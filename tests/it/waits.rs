@@ -551,7 +551,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("admin/trace.rs", 1, "until the time of the recording is over, as its operator has said"),
     ("client.rs", 17, "a stop beside a wait that has both"),
     ("admin/reception.rs", 5, "it takes connections until it is closed"),
-    ("client/acceptor.rs", 6, "it waits for connections, and its own end is beside that"),
+    ("client/acceptor.rs", 7, "it waits for connections, and its own end is beside that"),
     ("client/broken.rs", 1, "it is the interval in which an eye looks"),
     ("account/pool.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),
     ("client/connection.rs", 2, "the time of a stop bounds it"),
