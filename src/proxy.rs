@@ -132,10 +132,10 @@ impl ProxyHttp for Proxy {
         }
         match verdict {
             Verdict::Continue => {}
-            Verdict::Refuse(refused) => return refuse(session, exchange, refused).await,
+            Verdict::Refuse(refused) => return Box::pin(refuse(session, exchange, refused)).await,
             Verdict::Answer(answer) => {
                 exchange.enter(Phase::Write);
-                write::answer(exchange, session.as_downstream_mut(), answer)
+                Box::pin(write::answer(exchange, session.as_downstream_mut(), answer))
                     .await
                     .map_err(|error| error.into_down())?;
                 return Ok(true);
@@ -143,11 +143,11 @@ impl ProxyHttp for Proxy {
         }
         let Some(route) = exchange.routing.route.clone() else { return Ok(false) };
         let Some(upstream) = route.destination.next().cloned() else {
-            return refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT)).await;
+            return Box::pin(refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT))).await;
         };
         if self.depot.budget.sheds() {
             self.depot.budget.count_shed();
-            return refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE)).await;
+            return Box::pin(refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE))).await;
         }
         exchange.routing.upstream = Some(upstream.clone());
         if upstream.has_affinity() {

@@ -111,8 +111,12 @@ where
 
     /// Runs the exchange of a session. Returns the client's stream if it may be reused. For one of Forebay's own
     /// sessions it returns `None`, since the session keeps its stream.
+    ///
+    /// Steps that most exchanges do not take are boxed, here and below: the future of an exchange is as large as its
+    /// largest step, and parts of it are copied to where they are polled.
     pub async fn run(&self, begin: Begin, mut session: Box<Session>, shutdown: &ShutdownWatch) -> Option<Stream> {
-        if !session.as_downstream().is_custom() && !read_request(session.as_downstream_mut(), shutdown).await {
+        if !session.as_downstream().is_custom() && !Box::pin(read_request(session.as_downstream_mut(), shutdown)).await
+        {
             return None;
         }
         let mut exchange = self.proxy.begin(begin);
@@ -122,7 +126,7 @@ where
                 self.proxy.logging(&mut session, None, &mut exchange).await;
                 return finish(session).await;
             }
-            Err(error) => return self.fail(session, &mut exchange, error).await,
+            Err(error) => return Box::pin(self.fail(session, &mut exchange, error)).await,
         }
         if let Course::Pingora(_) = P::course(&exchange) {
             let written = session.as_downstream().to_h1_raw();
@@ -156,7 +160,7 @@ where
         }
         let passes = self.proxy.proxy_upstream_filter(session, exchange).await?;
         if !passes && session.response_written().is_none() {
-            session.respond_error(502).await?;
+            Box::pin(session.respond_error(502)).await?;
         }
         Ok(passes)
     }
@@ -216,7 +220,7 @@ where
             return Ok((kept, true));
         }
         let dialer = P::dialer(exchange).ok_or_else(|| Error::new_in(ErrorType::InternalError))?;
-        Ok((Connection::open(&dialer, peer).await?, false))
+        Ok((Box::pin(Connection::open(&dialer, peer)).await?, false))
     }
 }
 
@@ -248,6 +252,6 @@ async fn finish(mut session: Box<Session>) -> Option<Stream> {
         sessions::give_back(session);
         return None;
     }
-    let reusable = sessions::take_client(session).finish().await.ok()??;
+    let reusable = Box::pin(sessions::take_client(session).finish()).await.ok()??;
     Some(reusable.into_parts().0)
 }

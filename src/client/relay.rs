@@ -194,7 +194,7 @@ impl Relay {
             tried.push(endpoint.clone());
             let chosen = Instant::now();
             let mut attempt = Attempt { upstream, engaged, chosen, connect: None, outcome: Outcome::Cancelled };
-            let mut wait = Wait::at_most(upstream.timeouts.connect, &mut *watched);
+            let wait = Wait::at_most(upstream.timeouts.connect, &mut *watched);
             match wait.on(dial(&endpoint, parties)).await {
                 wait::Ended::Done(Ok(socket)) => {
                     upstream.metrics.connects_new.inc();
@@ -235,7 +235,7 @@ impl Relay {
         let Some(mut place) = upstream.queue(tried, Instant::now()) else { return Err(reject(&refusal::QUEUE_FULL)) };
         let mut wait = Wait::at_most(upstream.admission.queue().timeout, watched);
         loop {
-            match wait.on(poll_fn(|cx| place.poll_turn(cx))).await {
+            match wait.until(|cx| place.poll_turn(cx)).await {
                 wait::Ended::Done(()) => {}
                 wait::Ended::Left(()) => return Err(&refusal::QUEUE_ABORTED),
                 wait::Ended::Late => return Err(reject(&refusal::QUEUE_TIMEOUT)),

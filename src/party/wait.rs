@@ -8,10 +8,12 @@
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
+use pin_project_lite::pin_project;
 use tokio::runtime::{Handle, Id};
 use tokio::time::Sleep;
 
@@ -134,17 +136,21 @@ impl<E: Eye> Wait<E> {
     }
 
     /// Waits for `future`.
-    pub async fn on<F: Future>(&mut self, future: F) -> Ended<F::Output, E::Left> {
-        let mut future = pin!(future);
+    pub fn on<F: Future>(self, future: F) -> Waiting<E, F> {
+        Waiting { wait: self, future }
+    }
+
+    /// Waits until `poll` is ready. Further such waits have what is left of the limit.
+    pub async fn until<T>(&mut self, mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Ended<T, E::Left> {
         poll_fn(|cx| {
-            let done = future.as_mut().poll(cx);
+            let done = poll(cx);
             self.poll(cx, done)
         })
         .await
     }
 
     /// Waits for the limit only. `Some`: the client has left.
-    pub async fn out(&mut self) -> Option<E::Left> {
+    pub async fn out(self) -> Option<E::Left> {
         match self.on(std::future::pending::<Infallible>()).await {
             Ended::Left(left) => Some(left),
             Ended::Late => None,
@@ -152,9 +158,30 @@ impl<E: Eye> Wait<E> {
     }
 }
 
+pin_project! {
+    /// The future of [`Wait::on`]. It stores the awaited future once, where an async function would store it twice, as
+    /// its argument and while it waits. Futures of filters and exchanges have many layers, each of which would double.
+    #[must_use = "futures do nothing unless polled"]
+    pub struct Waiting<E, F> {
+        wait: Wait<E>,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<E: Eye, F: Future> Future for Waiting<E, F> {
+    type Output = Ended<F::Output, E::Left>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let waiting = self.project();
+        let done = waiting.future.poll(cx);
+        waiting.wait.poll(cx, done)
+    }
+}
+
 /// Waits for `future` for `time` at most, without a client. `None`: the time is over.
-pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> Option<F::Output> {
-    Wait::at_most(time, reason).on(future).await.in_time()
+pub fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> impl Future<Output = Option<F::Output>> {
+    Wait::at_most(time, reason).on(future).map(Ended::in_time)
 }
 
 /// A deadline that may move. It costs nothing before its first poll.
@@ -258,6 +285,7 @@ impl Set {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Wake, Waker};
@@ -304,7 +332,7 @@ mod tests {
             goes.send(())
         });
         let began = tokio::time::Instant::now();
-        let mut wait = Wait::at_most(LONG, Told(eye));
+        let wait = Wait::at_most(LONG, Told(eye));
         assert_eq!(wait.on(std::future::pending::<()>()).await, Ended::Left("left"));
         assert_eq!(began.elapsed(), LONG / 2);
 
@@ -319,8 +347,10 @@ mod tests {
     async fn a_deadline_holds_for_all_that_is_waited_for_by_turns() {
         let mut wait = Wait::at_most(LONG, NoClient::Within);
         let began = tokio::time::Instant::now();
-        assert_eq!(wait.on(tokio::time::sleep(LONG / 3)).await, Ended::Done(()));
-        assert_eq!(wait.on(tokio::time::sleep(LONG)).await, Ended::Late);
+        for (time, ended) in [(LONG / 3, Ended::Done(())), (LONG, Ended::Late)] {
+            let mut sleep = pin!(tokio::time::sleep(time));
+            assert_eq!(wait.until(|cx| sleep.as_mut().poll(cx)).await, ended);
+        }
         let lasted = began.elapsed();
         assert!(lasted >= LONG && lasted < LONG + Duration::from_millis(10), "{lasted:?}");
     }

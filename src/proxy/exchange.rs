@@ -332,7 +332,9 @@ impl Exchange {
             let mut verdict = Verdict::Continue;
             if route.chain.acts_on_response(&mut states, asked) {
                 let call = route.chain.response(&mut states, View { facts, request }, response);
-                verdict = self.watch(route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
+                let (mut client, patience) = (self.watch(route), route.chain.patience());
+                // Boxed: exchanges without filters would be as large, too.
+                verdict = Box::pin(client.during(patience, call, &refusal::RECEIVE_ABORTED)).await;
             }
             filters.put(states);
             filters.answered(response.status);

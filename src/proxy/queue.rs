@@ -3,7 +3,7 @@
 //! `select` calls this if no endpoint has room. The phase ends with an endpoint, with a timeout, or when the client
 //! leaves, which frees its place at once. `upstream/queue.rs` defines the order.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -53,7 +53,7 @@ pub async fn wait(
     let left = upstream.admission.queue().timeout.saturating_sub(spent);
     let mut wait = Wait::at_most(left, Line { exchange, client });
     loop {
-        match wait.on(poll_fn(|cx| place.poll_turn(cx))).await {
+        match wait.until(|cx| place.poll_turn(cx)).await {
             Ended::Late => return Err(Fault::new(Party::Gateway, Phase::Queue, What::Silent)),
             Ended::Left(fault) => return Err(fault),
             Ended::Done(()) => match turn(exchange, upstream) {

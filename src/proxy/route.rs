@@ -122,7 +122,8 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     let mut client = exchange.watch(&route);
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);
-    let verdict = client.during(route.chain.patience(), call, &refusal::ROUTE_ABORTED).await;
+    // Boxed: exchanges without filters would be as large, too.
+    let verdict = Box::pin(client.during(route.chain.patience(), call, &refusal::ROUTE_ABORTED)).await;
     exchange.client.identity = states.identity().cloned();
     exchange.filters.states = Some(FilterStates::new(states));
     exchange.routing.route = Some(route);

@@ -209,7 +209,8 @@ pub async fn piece(
         let view = View { facts: exchange.facts(&route.name), request };
         let mut client = exchange.watch(&route);
         let call = route.chain.request_body(&mut states, view, piece, end);
-        let verdict = client.during(route.chain.patience(), call, &refusal::SEND_ABORTED).await;
+        // Boxed: exchanges without filters would be as large, too.
+        let verdict = Box::pin(client.during(route.chain.patience(), call, &refusal::SEND_ABORTED)).await;
         filters.put(states);
         exchange.copy.take_if(|copy| !copy.filtered(piece.as_ref()));
         if let Verdict::Refuse(refused) = verdict {

@@ -6,6 +6,8 @@ use std::os::fd::RawFd;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::FutureExt;
+
 use crate::client::broken::{Leaving, Look};
 use crate::client::http2::Control;
 use crate::client::stream::Bypass;
@@ -32,17 +34,17 @@ impl Watch {
 
     /// Returns the verdict of filters, or the refusal `left` once the client has left. Watches only while the filters
     /// wait. Each filter has its own deadline; `patience` limits all of them together.
-    pub async fn during(
+    pub fn during(
         &mut self,
         patience: Duration,
         filters: impl Future<Output = Verdict>,
         left: &'static Refusal,
-    ) -> Verdict {
-        match Wait::at_most(patience, self).on(filters).await {
+    ) -> impl Future<Output = Verdict> {
+        Wait::at_most(patience, self).on(filters).map(|ended| match ended {
             Ended::Done(verdict) => verdict,
             Ended::Left(()) => left.into(),
             Ended::Late => Verdict::from(&refusal::ROUTE_FILTER_TIMEOUT),
-        }
+        })
     }
 }
 

@@ -20,6 +20,7 @@ use super::Driven;
 use super::answer::{Answer, Part};
 use super::connection::{Connection, Event, Messages};
 use super::request::{self, Outgoing};
+use super::sessions;
 use crate::framing::answer::is_bodiless;
 use crate::party::wait::{NoClient, Wait};
 
@@ -138,28 +139,29 @@ where
                 }
                 Happened::Endpoint(Ok(Event::Sent)) => is_read |= self.messages.is_refused(),
                 Happened::Endpoint(Ok(Event::Came(part))) => is_answered |= self.take_parts(part).await?,
-                Happened::Endpoint(Err(error)) => return Err(self.tell(error).await),
+                Happened::Endpoint(Err(error)) => return Err(Box::pin(self.tell(error)).await),
             }
         }
-        Ok(self.session.as_downstream_mut().finish_body().await.is_ok())
+        Ok(sessions::finish_body(self.session.as_downstream_mut()).await.is_ok())
     }
 
     /// Waits for the first event on either side. It watches the client in every state.
     async fn wait(&mut self, is_read: bool) -> Happened {
         let reads = is_read || self.messages.wants_more();
         let Passing { session, messages, .. } = self;
+        let client = &mut session.downstream_session;
         if is_read && messages.awaits_answer() {
             // The request is complete: the only remaining event of the client is its close, which does not matter once
             // the response is complete.
             return tokio::select! {
                 biased;
                 event = poll_fn(|cx| messages.poll(cx)) => Happened::Endpoint(event),
-                piece = session.downstream_session.read_body_or_idle(true) => Happened::Client(piece),
+                piece = sessions::read_body_or_idle(client, true) => Happened::Client(piece),
             };
         }
         tokio::select! {
             biased;
-            piece = session.downstream_session.read_body_or_idle(is_read), if reads => Happened::Client(piece),
+            piece = sessions::read_body_or_idle(client, is_read), if reads => Happened::Client(piece),
             event = poll_fn(|cx| messages.poll(cx)) => Happened::Endpoint(event),
         }
     }
@@ -191,7 +193,7 @@ where
             });
         }
         let Passing { session, messages, .. } = self;
-        let mut writing = pin!(session.downstream_session.response_duplex_vec(tasks));
+        let mut writing = pin!(sessions::write(&mut session.downstream_session, tasks));
         let is_complete = poll_fn(|cx| {
             messages.poll_sending(cx);
             writing.as_mut().poll(cx)
@@ -257,7 +259,7 @@ where
     /// Reports a failed response to the client's session. Returns the session's error if it has one.
     async fn tell(&mut self, error: Box<Error>) -> Box<Error> {
         let failed = vec![HttpTask::Failed(error)];
-        match self.session.downstream_session.response_duplex_vec(failed).await {
+        match sessions::write(&mut self.session.downstream_session, failed).await {
             Err(error) => error,
             Ok(_) => Error::explain(ErrorType::ConnectionClosed, "before the end of a response").into_up(),
         }

@@ -8,8 +8,10 @@ use std::cell::RefCell;
 use std::io::Cursor;
 use std::thread::LocalKey;
 
-use pingora::protocols::http::ServerSession;
+use bytes::Bytes;
+use pingora::Result;
 use pingora::protocols::http::custom::server::Session as CustomSession;
+use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora_proxy::Session;
 
 /// Maximum number of idle sessions of each kind that a worker keeps.
@@ -49,6 +51,33 @@ pub fn take_client(mut session: Box<Session>) -> ServerSession {
     let client = std::mem::replace(&mut *session.downstream_session, ServerSession::new_custom(Box::new(())));
     keep(&KEPT, session);
     client
+}
+
+/// Reads the next piece of the request body, or, with `is_read`, waits until the client leaves.
+///
+/// Here and below, Pingora's own sessions are boxed: a future that can hold those of all their protocols is large, and
+/// is copied to where it is polled.
+pub async fn read_body_or_idle(client: &mut ServerSession, is_read: bool) -> Result<Option<Bytes>> {
+    match client {
+        ServerSession::Custom(own) => own.read_body_or_idle(is_read).await,
+        pingoras => Box::pin(pingoras.read_body_or_idle(is_read)).await,
+    }
+}
+
+/// Writes parts of the response. `true`: the response is complete.
+pub async fn write(client: &mut ServerSession, parts: Vec<HttpTask>) -> Result<bool> {
+    match client {
+        ServerSession::Custom(own) => own.response_duplex_vec(parts).await,
+        pingoras => Box::pin(pingoras.response_duplex_vec(parts)).await,
+    }
+}
+
+/// Ends the body of the response.
+pub async fn finish_body(client: &mut ServerSession) -> Result<()> {
+    match client {
+        ServerSession::Custom(own) => own.finish().await,
+        pingoras => Box::pin(pingoras.finish_body()).await,
+    }
 }
 
 /// Replaces the session in `place`, which is dropped.

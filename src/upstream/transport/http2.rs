@@ -328,7 +328,7 @@ impl Http2 {
 
     /// Opens a stream on this connection in the reserved place; `None` if it accepts no more.
     async fn open(&self, connection: Arc<Connection>, patience: Duration) -> Option<Exchange> {
-        let mut wait = Wait::at_most(patience, NoClient::Within).beside(connection.driver.get().copied());
+        let wait = Wait::at_most(patience, NoClient::Within).beside(connection.driver.get().copied());
         match wait.on(connection.send.clone().ready()).await.in_time() {
             Some(Ok(send)) => Some(Exchange::new(connection, self.pool.clone(), send)),
             none => {
@@ -449,7 +449,7 @@ impl Exchange {
     /// Waits for the endpoint, within its time limit.
     async fn bounded<T>(&self, reading: impl Future<Output = Result<T>>) -> Result<T> {
         let driver = self.connection.driver.get().copied();
-        let mut wait = Wait::at_most(self.read_timeout.unwrap_or(FAR), Ends(&self.handle)).beside(driver);
+        let wait = Wait::at_most(self.read_timeout.unwrap_or(FAR), Ends(&self.handle)).beside(driver);
         match wait.on(reading).await {
             Ended::Done(read) => read,
             Ended::Left(why) => Err(why),
