@@ -4,7 +4,7 @@
 //! Pingora's, on an observed stream ([`Followed`]). Pingora's pool keeps idle HTTP/1 connections.
 
 use std::any::Any;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -39,14 +39,17 @@ fn is_http1(peer: &impl Peer) -> bool {
 
 /// The connector; see the module.
 pub struct Endpoints {
-    http1: TransportConnector,
+    http1: Arc<TransportConnector>,
     http2: Http2,
 }
 
 impl Endpoints {
     /// A connector with these options.
     pub fn new(options: ConnectorOptions) -> Endpoints {
-        Endpoints { http1: TransportConnector::new(Some(options.clone())), http2: Http2::new(options) }
+        let idle_max = options.keepalive_pool_size;
+        // One for both: each reads the system's certificates.
+        let http1 = Arc::new(TransportConnector::new(Some(options)));
+        Endpoints { http2: Http2::new(http1.clone(), idle_max), http1 }
     }
 }
 

@@ -22,8 +22,8 @@ use h2::client::{Builder, ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::uri::{Authority, PathAndQuery, Uri};
 use http::{HeaderMap, HeaderName, Request, StatusCode, header};
+use pingora::connectors::TransportConnector;
 use pingora::connectors::http::custom::{Connection as Connected, Connector};
-use pingora::connectors::{ConnectorOptions, TransportConnector};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::custom::{BodyWrite, CustomMessageWrite, client};
 use pingora::protocols::l4::socket::SocketAddr;
@@ -146,7 +146,7 @@ impl Eye for Ends<'_> {
 
 /// Connections to HTTP/2 endpoints.
 pub struct Http2 {
-    transport: TransportConnector,
+    transport: Arc<TransportConnector>,
     pool: Arc<Pool>,
 }
 
@@ -273,10 +273,10 @@ impl Kept {
 }
 
 impl Http2 {
-    /// A pool with these options and this limit on idle connections.
-    pub fn new(options: ConnectorOptions) -> Http2 {
-        let pool = Pool { kept: Mutex::default(), idle_max: options.keepalive_pool_size };
-        Http2 { transport: TransportConnector::new(Some(options)), pool: Arc::new(pool) }
+    /// A pool of at most this many idle connections, which the connector makes.
+    pub fn new(transport: Arc<TransportConnector>, idle_max: usize) -> Http2 {
+        let pool = Pool { kept: Mutex::default(), idle_max };
+        Http2 { transport, pool: Arc::new(pool) }
     }
 
     async fn connect(&self, peer: &HttpPeer) -> Result<Arc<Connection>> {
