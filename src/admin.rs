@@ -5,10 +5,10 @@
 //! milliseconds, which must not block a worker. It listens on loopback by default; for other addresses there are a
 //! token and TLS (`guard`, `reception`).
 
-pub mod answer;
 mod guard;
 pub mod page;
 pub mod reception;
+pub mod reply;
 pub mod seats;
 pub mod status;
 pub mod table;
@@ -30,13 +30,13 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::client::connection::Inflight;
+use crate::client::inflight::Inflight;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
 use crate::party::wait::{NoClient, within};
-use answer::{Answer, Body, Pieces};
 use guard::{Caller, Peer};
 pub use guard::{Hosts, Voucher};
 use page::Page;
+use reply::{Body, Pieces, Reply};
 use seats::{Seat, Seats};
 use table::{Ask, Found, Table};
 
@@ -125,15 +125,15 @@ impl Admin {
             tls: None,
             hosts,
         };
-        let scrape = move |_: &Ask| Answer::whole(prometheus::TEXT_FORMAT, metrics.render());
+        let scrape = move |_: &Ask| Reply::whole(prometheus::TEXT_FORMAT, metrics.render());
         let readyz = move |_: &Ask| match readiness.now() {
-            Ready::Starting => Answer::text("starting\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
-            Ready::Ready | Ready::HandedOver => Answer::text("ready\n"),
-            Ready::Stopping => Answer::text("stopping\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
+            Ready::Starting => Reply::text("starting\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
+            Ready::Ready | Ready::HandedOver => Reply::text("ready\n"),
+            Ready::Stopping => Reply::text("stopping\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
         };
         admin
             .get("/metrics", "what it counts, for Prometheus", scrape)
-            .get("/healthz", "200 while the process lives", |_| Answer::text("ok\n"))
+            .get("/healthz", "200 while the process lives", |_| Reply::text("ok\n"))
             .get("/readyz", "200 while exchanges are accepted, else 503 with the reason", readyz)
     }
 
@@ -162,7 +162,7 @@ impl Admin {
         mut self,
         path: &'static str,
         says: &'static str,
-        answer: impl Fn(&Ask) -> Answer + Send + Sync + 'static,
+        answer: impl Fn(&Ask) -> Reply + Send + Sync + 'static,
     ) -> Self {
         self.table.add(Method::GET, path, says, ANSWER, move |ask| ready(answer(&ask)));
         self
@@ -176,7 +176,7 @@ impl Admin {
         answer: impl Fn(Ask) -> F + Send + Sync + 'static,
     ) -> Self
     where
-        F: Future<Output = Answer> + Send + 'static,
+        F: Future<Output = Reply> + Send + 'static,
     {
         self.post_within(path, says, ANSWER, answer)
     }
@@ -190,24 +190,24 @@ impl Admin {
         answer: impl Fn(Ask) -> F + Send + Sync + 'static,
     ) -> Self
     where
-        F: Future<Output = Answer> + Send + 'static,
+        F: Future<Output = Reply> + Send + 'static,
     {
         self.table.add(Method::POST, path, says, patience, answer);
         self
     }
 
     /// The path in the table, and the response. The body of a request is read only if the client may make changes.
-    async fn answer(&self, http: &mut ServerSession) -> (&'static str, Answer) {
+    async fn answer(&self, http: &mut ServerSession) -> (&'static str, Reply) {
         let caller = self.caller(http);
         let request = http.req_header();
         let (method, uri) = (request.method.clone(), request.uri.clone());
         if let Err(why) = self.hosts.check(caller, &request.headers) {
-            return ("_other", Answer::error(StatusCode::FORBIDDEN, why));
+            return ("_other", Reply::error(StatusCode::FORBIDDEN, why));
         }
         // The state for load balancers and supervisors is not secret.
         let open = matches!(uri.path(), "/healthz" | "/readyz");
         if self.token.is_some() && !caller.known && caller.peer != Peer::Unix && !open {
-            let answer = Answer::error(StatusCode::UNAUTHORIZED, "a token is required: admin.token");
+            let answer = Reply::error(StatusCode::UNAUTHORIZED, "a token is required: admin.token");
             let ways = HeaderValue::from_static("Bearer, Basic realm=\"forebay\"");
             return ("_other", answer.with_header(header::WWW_AUTHENTICATE, ways));
         }
@@ -215,13 +215,13 @@ impl Admin {
             Found::Entry(entry, parts) => (entry, parts),
             Found::Nothing if uri.path() == "/" && matches!(method, Method::GET | Method::HEAD) => {
                 let page = wants_html(&http.req_header().headers);
-                return ("/", if page { self.page.answer() } else { Answer::text(self.table.index()) });
+                return ("/", if page { self.page.answer() } else { Reply::text(self.table.index()) });
             }
             Found::Nothing => {
-                return ("_other", Answer::text("not found; see /\n").with_status(StatusCode::NOT_FOUND));
+                return ("_other", Reply::text("not found; see /\n").with_status(StatusCode::NOT_FOUND));
             }
             Found::Methods(methods) => {
-                let answer = Answer::text(format!("only {methods}\n")).with_status(StatusCode::METHOD_NOT_ALLOWED);
+                let answer = Reply::text(format!("only {methods}\n")).with_status(StatusCode::METHOD_NOT_ALLOWED);
                 let allow = HeaderValue::from_str(&methods).unwrap_or(HeaderValue::from_static("GET, HEAD"));
                 return ("_other", answer.with_header(header::ALLOW, allow));
             }
@@ -230,7 +230,7 @@ impl Admin {
         let mut body = Bytes::new();
         if entry.method == Method::POST {
             if let Err(why) = guard::check(caller, &http.req_header().headers) {
-                return (entry.path, Answer::error(StatusCode::FORBIDDEN, why));
+                return (entry.path, Reply::error(StatusCode::FORBIDDEN, why));
             }
             match read_body(http).await {
                 Ok(read) => body = read,
@@ -240,19 +240,19 @@ impl Admin {
         let voucher = voucher(http, caller);
         let ask = Ask::new(parts, &uri, html, voucher, body);
         let answer = within(entry.patience, NoClient::Operator, (entry.answer)(ask)).await;
-        let late = || Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still complete");
+        let late = || Reply::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still complete");
         (entry.path, answer.unwrap_or_else(late))
     }
 
     /// Admits a streaming response, unless there are too many: then returns an error response.
-    fn admit(&self, answer: Answer) -> (Answer, Option<Open>) {
+    fn admit(&self, answer: Reply) -> (Reply, Option<Open>) {
         if !answer.goes_on() {
             return (answer, None);
         }
         match self.streams.clone().try_acquire_owned() {
             Ok(permit) => (answer, Some(Open { _permit: permit, _counted: self.metrics.stream() })),
             Err(_) => {
-                let full = Answer::error(StatusCode::SERVICE_UNAVAILABLE, "too many streams are open: admin.streams");
+                let full = Reply::error(StatusCode::SERVICE_UNAVAILABLE, "too many streams are open: admin.streams");
                 (full.with_header(header::RETRY_AFTER, HeaderValue::from_static("5")), None)
             }
         }
@@ -288,10 +288,10 @@ fn wants_html(headers: &HeaderMap) -> bool {
 }
 
 /// Reads the body of a request if its method allows one.
-async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
+async fn read_body(http: &mut ServerSession) -> Result<Bytes, Reply> {
     let too_large = || {
         let what = format!("a body has at most {BODY_BYTES_MAX} bytes");
-        Err(Answer::error(StatusCode::PAYLOAD_TOO_LARGE, &what))
+        Err(Reply::error(StatusCode::PAYLOAD_TOO_LARGE, &what))
     };
     let headers = &http.req_header().headers;
     let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
@@ -316,10 +316,8 @@ async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
     match within(BODY, NoClient::Operator, read).await {
         Some(Ok(body)) if body.len() > BODY_BYTES_MAX => too_large(),
         Some(Ok(body)) => Ok(body),
-        Some(Err(error)) => {
-            Err(Answer::error(StatusCode::BAD_REQUEST, &format!("the body could not be read: {error}")))
-        }
-        None => Err(Answer::error(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
+        Some(Err(error)) => Err(Reply::error(StatusCode::BAD_REQUEST, &format!("the body could not be read: {error}"))),
+        None => Err(Reply::error(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
     }
 }
 
@@ -484,7 +482,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_index_names_every_path() {
-        let index = get(admin().0.get("/added", "what was added", |_| Answer::text("")), "/").await;
+        let index = get(admin().0.get("/added", "what was added", |_| Reply::text("")), "/").await;
         for path in ["/metrics", "/healthz", "/readyz", "/added"] {
             assert!(index.contains(&format!("GET  {path} ")), "{path} is missing in {index}");
         }
@@ -538,8 +536,8 @@ mod tests {
     #[tokio::test]
     async fn streams_are_as_many_as_may_be_and_end_with_their_clients() {
         let admin = admin().0.get("/events", "goes on", |_| {
-            let first = futures::stream::iter([answer::event("one", "1")]);
-            Answer::events(Box::pin(first.chain(futures::stream::pending())))
+            let first = futures::stream::iter([reply::event("one", "1")]);
+            Reply::events(Box::pin(first.chain(futures::stream::pending())))
         });
         let admin = Arc::new(admin);
         let request = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n";

@@ -1,9 +1,9 @@
 //! The client side of the gateway: connections from accept to exchange, and back to the idle state.
 //!
-//! [`Front`] receives accepted sockets. On HTTP/1 it runs the keep-alive loop: wait idle, read the header, check it,
-//! let the [`driver`] run one exchange, take the stream back, and wait again. On HTTP/2, [`http2`] owns the connection,
-//! and every stream is an exchange of its own. Requests that are refused before a session exists are answered, counted
-//! and logged here.
+//! [`DownstreamApp`] receives accepted sockets. On HTTP/1 it runs the keep-alive loop: wait idle, read the header,
+//! check it, let the [`driver`] run one exchange, take the stream back, and wait again. On HTTP/2, [`http2`] owns the
+//! connection, and every stream is an exchange of its own. Requests that are refused before a session exists are
+//! answered, counted and logged here.
 
 /// The methods of one of Forebay's own sessions for custom messages, which only protocols other than HTTP have: all are
 /// empty.
@@ -54,9 +54,12 @@ macro_rules! no_connection {
     };
 }
 
+pub(crate) use no_connection;
+
 pub mod acceptor;
 pub mod broken;
 pub mod challenges;
+pub mod conduct;
 pub mod connection;
 pub mod cut;
 pub mod descriptors;
@@ -69,19 +72,19 @@ pub mod head;
 pub mod hello;
 pub mod http1;
 pub mod http2;
-pub mod intake;
+pub mod inflight;
 pub mod kept;
+pub mod listener;
 pub mod names;
 pub mod proxy_protocol;
 pub mod rates;
 pub mod relay;
 pub mod remains;
-pub mod session;
 pub mod socket;
+pub mod start;
 pub mod stream;
 pub mod tls;
 pub mod trailers;
-pub mod wire;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -99,7 +102,7 @@ use tokio::sync::watch;
 use crate::access_log::AccessLog;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker;
-use crate::finished::{Client, Finished, Request, Way};
+use crate::finished::{Client, Finished, Request, Routing};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary};
 use crate::party::What;
 use crate::party::wait::{NoClient, within};
@@ -109,14 +112,17 @@ use crate::scheduler::Schedulers;
 use crate::scheduler::task::{Abandoned, ExchangeTask, own_time};
 use crate::slow_client::SlowClients;
 use crate::slow_client::waiting::Waiting;
-use connection::{Arriving, Begin, Connection, Counted, Inflight, InflightGuard, Listener, StateGauge};
+use connection::{Arriving, Connection};
 use cut::Cut;
 use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
+use inflight::{Inflight, InflightGuard};
+use listener::{Counted, Listener, StateGauge};
 use relay::{Passed, Relay};
 use remains::SettlesExchanges;
 use socket::Accepted;
-use stream::{ClientStream, Opening};
+use start::ExchangeStart;
+use stream::{ClientStream, Opening, WeakBypass};
 
 /// Maximum time to send a client the refusal that the connection limit is reached.
 const TURN_AWAY: Duration = Duration::from_millis(200);
@@ -125,13 +131,13 @@ const TURN_AWAY: Duration = Duration::from_millis(200);
 const TURN_AWAY_AT_ONCE: usize = 64;
 
 /// Receives accepted sockets.
-pub struct Front<P> {
+pub struct DownstreamApp<P> {
     driver: Driver<P>,
-    desk: Arc<Desk>,
+    desk: Arc<ConnectionContext>,
 }
 
 /// The state that connections share.
-pub struct Desk {
+pub struct ConnectionContext {
     turned_away: AtomicUsize,
     metrics: Metrics,
     unrouted: Arc<RouteMetrics>,
@@ -159,7 +165,7 @@ impl Ending {
     }
 }
 
-impl Desk {
+impl ConnectionContext {
     /// Creates the shared state.
     pub fn new(
         metrics: Metrics,
@@ -169,7 +175,7 @@ impl Desk {
         schedulers: Arc<Schedulers>,
         unrouted: Arc<RouteMetrics>,
     ) -> Self {
-        Desk { turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, schedulers }
+        ConnectionContext { turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, schedulers }
     }
 
     /// Counts and logs a refusal without an exchange.
@@ -195,10 +201,10 @@ impl Desk {
     }
 }
 
-impl<P> Front<P> {
+impl<P> DownstreamApp<P> {
     /// Creates a front for this driver.
-    pub fn new(driver: Driver<P>, desk: Arc<Desk>) -> Self {
-        Front { driver, desk }
+    pub fn new(driver: Driver<P>, desk: Arc<ConnectionContext>) -> Self {
+        DownstreamApp { driver, desk }
     }
 
     /// The schedulers of the workers.
@@ -207,7 +213,7 @@ impl<P> Front<P> {
     }
 }
 
-impl<P> Front<P>
+impl<P> DownstreamApp<P>
 where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
@@ -232,7 +238,7 @@ where
                 drop(listener);
                 let connection = Connection::new(counted, ends.peer, ends.local);
                 let stream = Box::new(ClientStream::new(io, connection.clone()));
-                Visit::new(self, connection, shutdown).serve(stream).await;
+                ConnectionTask::new(self, connection, shutdown).serve(stream).await;
             }
             Err(refusal) => Box::pin(self.desk.turn_away(io, &listener, ends, refusal)).await,
         }
@@ -257,14 +263,15 @@ where
         match entered {
             Ok(Some(Entered::Http { io, inbox, connection })) => {
                 let stream = Box::new(ClientStream::begun(io, inbox, connection.clone()));
-                Visit::new(self, connection, shutdown).serve(stream).await;
+                ConnectionTask::new(self, connection, shutdown).serve(stream).await;
             }
             Ok(Some(Entered::Relay { raw, relay, name, connection })) => {
                 let _state = StateGauge::new(listener.clone(), ConnectionState::Active);
                 let _inflight = self.desk.ending.inflight.enter();
                 // Boxed, as for refusals: this is the task of waiting connections, too, and its size is that of its
                 // largest future.
-                let passed = Box::pin(relay.pass(*raw, name.is_some(), &connection, &self.desk.ending.cut)).await;
+                let passed =
+                    Box::pin(relay.pass(*raw, name.is_some(), connection.passing(), &self.desk.ending.cut)).await;
                 self.desk.record_passed(&connection, &relay, name.as_deref(), &passed);
             }
             Ok(None) => {}
@@ -281,7 +288,7 @@ where
     }
 }
 
-impl Desk {
+impl ConnectionContext {
     /// Runs an exchange of a connection to its end, or until the grace period of a shutdown has passed.
     async fn run<F, T>(&self, exchange: F, connection: &Arc<Connection>) -> Option<T>
     where
@@ -323,11 +330,11 @@ impl Desk {
                 protocol: if name.is_some() { "TLS" } else { "TCP" },
                 ..Request::default()
             },
-            way: Way {
+            routing: Routing {
                 upstream: Some(&relay.upstream.name),
                 endpoint: passed.endpoint.as_deref(),
                 attempts: passed.attempts,
-                ..Way::default()
+                ..Routing::default()
             },
             ..Finished::new(now, client_of(&connection.listener, connection.peer), summary)
         };
@@ -390,8 +397,8 @@ impl Drop for Hearing<'_> {
 }
 
 /// One connection from its first byte to its end, or until it proves to be HTTP/2.
-struct Visit<P> {
-    front: Arc<Front<P>>,
+struct ConnectionTask<P> {
+    front: Arc<DownstreamApp<P>>,
     connection: Arc<Connection>,
     /// The gauge of its state. A connection that a stream carries has none; its HTTP/2 connection is counted.
     state: Option<StateGauge>,
@@ -422,14 +429,14 @@ impl Arrival {
     }
 }
 
-impl<P> Visit<P>
+impl<P> ConnectionTask<P>
 where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
 {
-    fn new(front: Arc<Front<P>>, connection: Arc<Connection>, shutdown: ShutdownWatch) -> Self {
+    fn new(front: Arc<DownstreamApp<P>>, connection: Arc<Connection>, shutdown: ShutdownWatch) -> Self {
         let state = Some(StateGauge::new(connection.listener.clone(), ConnectionState::Idle));
-        Visit { front, connection, state, shutdown, served: 0 }
+        ConnectionTask { front, connection, state, shutdown, served: 0 }
     }
 
     fn enter(&mut self, state: ConnectionState) {
@@ -597,8 +604,9 @@ where
         if last {
             self.connection.end_after_answer();
         }
+        let begin = self.begin(arrival, stream.weak_bypass());
         let session = sessions::take(Box::new(http1::Session::new(&stream, request)));
-        let exchange = Box::pin(self.front.driver.run(self.begin(arrival), session, &self.shutdown));
+        let exchange = Box::pin(self.front.driver.run(begin, session, &self.shutdown));
         self.front.desk.run(exchange, &self.connection).await;
         match stream.outcome() {
             Some(true) => Some(stream),
@@ -614,13 +622,14 @@ where
         }
     }
 
-    fn begin(&self, arrival: Arrival) -> Begin {
+    fn begin(&self, arrival: Arrival, bypass: WeakBypass) -> ExchangeStart {
         let Arrival { accept, handshake, header_since, header_in } = arrival;
-        let (connection, header_done, control) = (self.connection.clone(), Instant::now(), None);
-        Begin { connection, accept, handshake, header_since, header_in, header_done, control }
+        let (connection, header_done, bypass) = (self.connection.clone(), Instant::now(), Some(bypass));
+        ExchangeStart { connection, accept, handshake, header_since, header_in, header_done, control: None, bypass }
     }
 
-    /// As [`Visit::proxy`], for a request that asks for another protocol: Pingora's own session can become a tunnel.
+    /// As [`ConnectionTask::proxy`], for a request that asks for another protocol: Pingora's own session can become a
+    /// tunnel.
     async fn proxy_upgrade(
         &self,
         stream: Box<ClientStream>,
@@ -628,6 +637,7 @@ where
         last: bool,
         arrival: Arrival,
     ) -> Option<Box<ClientStream>> {
+        let begin = self.begin(arrival, stream.weak_bypass());
         let mut session = ServerSession::new_http1(stream);
         session.set_pipelined_prefix(BytesMut::from(&request.written[..]));
         session.set_keepalive(Some(0));
@@ -635,7 +645,7 @@ where
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
         let session = sessions::of_pingora(session);
-        let exchange = Box::pin(self.front.driver.run(self.begin(arrival), session, &self.shutdown));
+        let exchange = Box::pin(self.front.driver.run(begin, session, &self.shutdown));
         let stream = self.front.desk.run(exchange, &self.connection).await?;
         stream.into_any().downcast::<ClientStream>().ok()
     }
@@ -645,7 +655,8 @@ where
         let (last, ending) = watch::channel(false);
         self.connection.settle();
         let connection = self.connection.clone();
-        let http2 = Arc::new(Http2 { front: self.front.clone(), connection, streams: Streams::default(), last });
+        let (front, bypass, streams) = (self.front.clone(), stream.weak_bypass(), Streams::default());
+        let http2 = Arc::new(Http2 { front, connection, bypass, streams, last });
         let (progress, mut ended) = (stream.progress(), ending.clone());
         let (desk, connection) = (&self.front.desk, &self.connection);
         let refuse = |refusal| {
@@ -719,8 +730,9 @@ fn answer_http1(refusal: &'static Refusal, header: &[u8]) -> Vec<u8> {
 
 /// One HTTP/2 connection: each of its streams passes here on its way to the proxy.
 struct Http2<P> {
-    front: Arc<Front<P>>,
+    front: Arc<DownstreamApp<P>>,
     connection: Arc<Connection>,
+    bypass: WeakBypass,
     streams: Streams,
     /// Signals that no further stream is accepted (GOAWAY), and that the connection closes once all have ended.
     last: watch::Sender<bool>,
@@ -813,7 +825,7 @@ where
     /// Runs the exchange of one stream.
     async fn exchange(self, stream: http2::Stream, ending: ShutdownWatch) {
         let http2 = &self.http2;
-        let Front { driver, desk } = &*http2.front;
+        let DownstreamApp { driver, desk } = &*http2.front;
         let listener = &http2.connection.listener;
         let _inflight = desk.ending.inflight.enter();
         listener.metrics.h2_requests.inc();
@@ -824,7 +836,9 @@ where
         let (connection, header_in) = (http2.connection.clone(), worker::cycle_if_wanted());
         let handshake = connection.handshake().map(|(_, took)| took).filter(|_| self.number == 1);
         let (accept, control) = (None, Some(stream.control()));
-        let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
+        let (header_since, header_done, bypass) = (now, now, None);
+        let begin =
+            ExchangeStart { connection, accept, handshake, header_since, header_in, header_done, control, bypass };
         let session = sessions::take(Box::new(stream));
         desk.run(Box::pin(driver.run(begin, session, &ending)), &http2.connection).await;
     }
@@ -838,10 +852,11 @@ where
         }
         let connection = Connection::carried(&http2.connection);
         let http2::websocket::Carried { head, io } = carried;
-        let stream = Box::new(ClientStream::begun(Box::new(io), head, connection.clone()));
+        let carrier = Some(http2.bypass.clone());
+        let stream = Box::new(ClientStream::carried(Box::new(io), head, connection.clone(), carrier));
         // Its response, or the bytes after a 101, are its last.
         let (front, served) = (http2.front.clone(), u64::MAX);
-        let mut visit = Visit { front, connection, state: None, shutdown: ending, served };
-        visit.carried(stream).await;
+        let mut task = ConnectionTask { front, connection, state: None, shutdown: ending, served };
+        task.carried(stream).await;
     }
 }

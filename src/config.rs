@@ -64,7 +64,7 @@ pub use upstream::Upstream;
 
 use crate::error::BuildError;
 use file::Unreadable;
-use report::{Finding, Source, Spot};
+use report::{Finding, FindingLocation, Source};
 use units::Size;
 
 /// Limit on the size of all files of a configuration together.
@@ -240,13 +240,13 @@ impl Config {
 }
 
 /// Turns an error of the build step into a finding with a position.
-fn finding(error: &BuildError, kind: fn(Spot, String) -> Finding) -> Finding {
+fn finding(error: &BuildError, kind: fn(FindingLocation, String) -> Finding) -> Finding {
     let (title, label) = explain::halves(&error.message);
-    let spot = match &error.inside {
-        Some(inside) => Spot::Inside(error.path.clone(), inside.clone()),
-        None => Spot::Value(error.path.clone()),
+    let location = match &error.inside {
+        Some(inside) => FindingLocation::Inside(error.path.clone(), inside.clone()),
+        None => FindingLocation::Value(error.path.clone()),
     };
-    kind(spot, title.into()).label(label).foreign()
+    kind(location, title.into()).label(label).foreign()
 }
 
 /// Parses an endpoint list that is a file of its own; `file` is the name that errors show.
@@ -267,7 +267,7 @@ pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, Stri
         ));
     }
     let wrong = |path: &str, message: &str| {
-        let places = place::Places::of(text);
+        let places = place::SourceMap::of(text);
         let start = places.find(path).map_or(0, |found| found.key.unwrap_or(found.value).start);
         format!("{file}:{}: {path}: {message}", line(start))
     };

@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use heartbeat::{Pacemaker, Pulse};
 use runtime::{LoopCollector, LoopFigures, Runtime, Runtimes};
 use stall::Watch;
-use worker::{Spot, Worker};
+use worker::{PhaseOrFilter, Worker};
 
 /// Settings of the monitoring.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +87,7 @@ impl Loops {
             // Threads write to it as long as they live. There are as many as workers, and they end with the
             // process.
             all.extend((0..threads).map(|place| &*Box::leak(Box::new(Worker::new(first + place, place, epoch)))));
-            worker::enrol(handle.id(), all[first..].to_vec());
+            worker::register(handle.id(), all[first..].to_vec());
             self.0.runtimes.add(Runtime::new(handle, &all[first..], epoch));
             for _ in 0..threads {
                 let pulse = Pulse::new(epoch);
@@ -134,19 +134,19 @@ impl Loops {
 /// A filter as seen by the event loop: its label, and the histogram for its poll times.
 #[derive(Clone)]
 pub struct Watched {
-    spot: Spot,
+    place: PhaseOrFilter,
     seconds: Option<Histogram>,
 }
 
 impl Watched {
     /// A filter with this key or label, without timing.
     pub fn untimed(label: &str) -> Self {
-        Watched { spot: Spot::filter(label), seconds: None }
+        Watched { place: PhaseOrFilter::filter(label), seconds: None }
     }
 
     /// The label.
     pub fn label(&self) -> &'static str {
-        self.spot.name()
+        self.place.name()
     }
 
     /// Observes poll times in this histogram.
@@ -157,7 +157,7 @@ impl Watched {
     /// Runs a call of the filter.
     pub fn call<T>(&self, call: impl FnOnce() -> T) -> T {
         let begin = self.seconds.as_ref().map(|seconds| (seconds, Instant::now()));
-        let done = worker::at(self.spot, call);
+        let done = worker::at(self.place, call);
         if let Some((seconds, begin)) = begin {
             seconds.observe(begin.elapsed().as_secs_f64());
         }

@@ -25,7 +25,7 @@ pub struct Finished<'e> {
     /// The request.
     pub request: Request<'e>,
     /// The route, the upstream and the attempts.
-    pub way: Way<'e>,
+    pub routing: Routing<'e>,
     /// Its status, its bytes and its times.
     pub summary: Summary<'e>,
     /// Bytes of both bodies that were buffered for the slower side.
@@ -74,7 +74,7 @@ pub struct Request<'e> {
 
 /// The route and the attempts of a completed exchange.
 #[derive(Clone, Copy, Debug)]
-pub struct Way<'e> {
+pub struct Routing<'e> {
     /// The name of the route; `_none` without a route.
     pub route: &'e str,
     /// The name of the upstream of the last attempt.
@@ -89,9 +89,9 @@ pub struct Way<'e> {
     pub handed_over: Option<&'static str>,
 }
 
-impl Default for Way<'_> {
+impl Default for Routing<'_> {
     fn default() -> Self {
-        Way { route: UNROUTED, upstream: None, endpoint: None, attempts: 0, failed: &[], handed_over: None }
+        Routing { route: UNROUTED, upstream: None, endpoint: None, attempts: 0, failed: &[], handed_over: None }
     }
 }
 
@@ -103,7 +103,7 @@ impl<'e> Finished<'e> {
             time: SystemTime::now(),
             client,
             request: Request::default(),
-            way: Way::default(),
+            routing: Routing::default(),
             summary,
             buffered: 0,
             spilled: 0,
@@ -182,6 +182,6 @@ mod tests {
         assert_eq!((finished.path(), finished.reason()), (&b"/a"[..], Some("route.no_match")));
         let bare = finished.without_queries().request;
         assert_eq!((bare.target, bare.referer), (&b"/a"[..], Some(&b"https://b/"[..])));
-        assert_eq!(finished.way.route, "_none");
+        assert_eq!(finished.routing.route, "_none");
     }
 }

@@ -444,7 +444,7 @@ fn admin_app(
         metrics: stage.base.metrics.clone(),
         readiness: process.endings.readiness.clone(),
         loops: process.loops.clone(),
-        slow: process.depot.slow.clone(),
+        slow: process.spools.slow.clone(),
     };
     let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
     let connections = usize::try_from(process.shares.admin(config.admin.connections.0)).unwrap_or(usize::MAX);

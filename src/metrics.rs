@@ -47,7 +47,7 @@ use driver::DriverMetrics;
 use endpoints::{EndpointCollector, Group, Groups};
 use filters::{Access, Admission, CompressMetrics, ErrorPageMetrics, Loads, PasswordMetrics};
 use mirror::MirrorMetrics;
-use phases::{PhaseCollector, Roll};
+use phases::{PhaseCollector, PhaseTable};
 use refusals::RefusalCollector;
 use registry::Registry;
 use route::Series;
@@ -63,11 +63,11 @@ pub use eventloop::{LoopMetrics, SCHEDULER_CLASSES, SchedulerMetrics};
 pub use limits::{LimitMetrics, QueueMetrics};
 pub use listener::{ConnectionState, DoorwayMetrics, ListenerMetrics};
 pub use outputs::{AccessLogMetrics, SpanMetrics};
-pub use phases::{PhaseState, Seat};
+pub use phases::{PhaseGuard, PhaseState};
 pub use refusals::RefusalMetrics;
 pub use relay::RelayMetrics;
 pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
-pub use spool::{OperationMetrics, RungMetrics, SPOOL_LIMITS, SpoolMetrics};
+pub use spool::{ActionMetrics, OperationMetrics, SPOOL_LIMITS, SpoolMetrics};
 pub use tls::TlsMetrics;
 pub use upstream::{CheckPlaces, DiscoveryMetrics, EjectionMetrics, HealthCheckMetrics, UpstreamMetrics};
 
@@ -83,7 +83,7 @@ type Skipping = HashMap<(Box<str>, Box<str>), bool>;
 struct Inner {
     registry: Registry,
     families: Families,
-    phases: Roll,
+    phases: PhaseTable,
     refusals: RefusalMetrics,
     workers: IntGauge,
     routes_folded: IntGauge,
@@ -151,7 +151,7 @@ impl Metrics {
         let families = Families::register(&registry);
         let build_info = family::BUILD_INFO.gauge(&registry);
         build_info.with_label_values(&[Self::VERSION, Self::PINGORA_VERSION]).set(1);
-        let phases = Roll::new(Instant::now());
+        let phases = PhaseTable::new(Instant::now());
         let refusals = RefusalMetrics::new(refusals);
         let groups = Groups::default();
         let collectors: [Box<dyn Collector>; 4] = [
@@ -440,7 +440,7 @@ impl Metrics {
     }
 
     /// Counts an exchange in `phase`, in which it has been since `since`, until the seat is dropped.
-    pub fn enter_phase(&self, phase: Phase, since: Instant) -> Seat {
+    pub fn enter_phase(&self, phase: Phase, since: Instant) -> PhaseGuard {
         self.0.phases.take(phase, since)
     }
 

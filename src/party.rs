@@ -12,7 +12,7 @@ pub mod waits;
 
 use crate::phase::Phase;
 
-pub use limits::{Bounds, Deadline, Look, Patience, Stage};
+pub use limits::{Bounds, Deadline, Recheck, Stage, UpstreamTimeouts};
 pub use waits::{DelaysEndpoint, Waits};
 
 /// A party that can delay or end an exchange.

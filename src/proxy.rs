@@ -47,16 +47,16 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::client::challenges::Challenges;
-use crate::client::connection::Begin;
 use crate::client::driver::course::{Course, Facts, Reason};
 use crate::client::driver::{Driven, handover};
+use crate::client::start::ExchangeStart;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Answer, Refused, Stages, Verdict};
 use crate::metrics::Metrics;
 use crate::metrics::driver::DriverMetrics;
 use crate::phase::Phase;
 use crate::scheduler::Schedulers;
-use crate::spool::Depot;
+use crate::spool::Spools;
 use crate::upstream::Upstream;
 use crate::upstream::transport::dial::Dialer;
 use attempt::Attempt;
@@ -76,7 +76,7 @@ pub struct Proxy {
     /// Reports finished exchanges.
     pub settler: Arc<Settler>,
     /// The resources that spools for bodies share.
-    pub depot: Arc<Depot>,
+    pub spools: Arc<Spools>,
     /// The schedulers that give grants for bulk transfers.
     pub schedulers: Arc<Schedulers>,
     /// Pending challenges of certificate issuers.
@@ -145,8 +145,8 @@ impl ProxyHttp for Proxy {
         let Some(upstream) = route.destination.next().cloned() else {
             return Box::pin(refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT))).await;
         };
-        if self.depot.budget.sheds() {
-            self.depot.budget.count_shed();
+        if self.spools.budget.sheds() {
+            self.spools.budget.count_shed();
             return Box::pin(refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE))).await;
         }
         exchange.routing.upstream = Some(upstream.clone());
@@ -158,8 +158,8 @@ impl ProxyHttp for Proxy {
         exchange.client.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
         exchange.request.upgrade = session.get_header(UPGRADE).filter(|_| session.is_upgrade_req()).cloned();
         let client = &mut session.downstream_session;
-        buffer::request(exchange, client, &route, &upstream, &self.depot, &self.schedulers).await?;
-        if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
+        buffer::request(exchange, client, &route, &upstream, &self.spools, &self.schedulers).await?;
+        if session.is_body_empty() || exchange.bodies.as_ref().is_some_and(|bodies| bodies.length().is_some()) {
             exchange.request_is_whole(Instant::now);
         }
         exchange.routing.course = Some(self.steering.steer(exchange, &upstream));
@@ -205,7 +205,7 @@ impl ProxyHttp for Proxy {
         request: &mut RequestHeader,
         exchange: &mut Carried,
     ) -> Result<()> {
-        if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
+        if exchange.bodies.as_ref().is_some_and(|bodies| bodies.length().is_some()) {
             send::note_trailers(exchange, session.req_header_mut());
         }
         send::header(exchange, session.req_header(), request)?;
@@ -257,9 +257,9 @@ impl ProxyHttp for Proxy {
     ) -> Result<()> {
         again::answered(exchange, session.as_downstream(), response)?;
         if self.is_ending(exchange)
-            && let Some(link) = &exchange.link
+            && let Some(bodies) = &exchange.bodies
         {
-            link.close_after_answer();
+            bodies.close_after_answer();
         }
         let via = exchange.routing.additions.via;
         receive::header(exchange, session.req_header_mut(), response, via).await
@@ -359,7 +359,7 @@ impl ProxyHttp for Proxy {
 }
 
 impl Driven for Proxy {
-    fn begin(&self, begin: Begin) -> Carried {
+    fn begin(&self, begin: ExchangeStart) -> Carried {
         Carried::new(Exchange::begin(Some(begin), &self.metrics))
     }
 
@@ -390,7 +390,7 @@ impl Driven for Proxy {
     }
 
     fn answer_came_in(exchange: &Carried, header: Bytes) {
-        exchange.link.iter().for_each(|link| link.answer_came_in(header.clone()));
+        exchange.bodies.iter().for_each(|bodies| bodies.answer_came_in(header.clone()));
     }
 }
 

@@ -234,7 +234,7 @@ impl Recorder {
         let (steps, steps_left_out) = journal.steps();
         let text = |text: Option<&str>| text.map(str::to_owned);
         let time = finished.time.checked_sub(total).unwrap_or(SystemTime::UNIX_EPOCH);
-        let Finished { client, request, way, summary, .. } = finished;
+        let Finished { client, request, routing, summary, .. } = finished;
         Recorded {
             time: humantime::format_rfc3339_micros(time).to_string(),
             began_seconds: began.saturating_duration_since(self.0.epoch).as_secs_f64(),
@@ -247,10 +247,10 @@ impl Recorder {
             protocol: request.protocol.to_owned(),
             status: summary.status,
             reason: text(finished.reason()),
-            route: way.route.to_owned(),
-            upstream: text(way.upstream),
-            endpoint: text(way.endpoint),
-            attempts: way.attempts,
+            route: routing.route.to_owned(),
+            upstream: text(routing.upstream),
+            endpoint: text(routing.endpoint),
+            attempts: routing.attempts,
             received: summary.received,
             sent: summary.sent,
             trace: finished.trace.map(|trace| trace.to_string()),
@@ -305,7 +305,7 @@ impl Running {
 
 impl Wanted {
     fn takes(&self, finished: &Finished<'_>, total: Duration) -> bool {
-        self.route.as_deref().is_none_or(|route| route == finished.way.route)
+        self.route.as_deref().is_none_or(|route| route == finished.routing.route)
             && self.client.is_none_or(|net| finished.client.address.is_some_and(|client| net.contains(&client)))
             && self.path.as_deref().is_none_or(|path| finished.path().starts_with(path.as_bytes()))
             && self.status.is_none_or(|(from, to)| (from..=to).contains(&finished.summary.status))
@@ -316,7 +316,7 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finished::{Client, Request, Way};
+    use crate::finished::{Client, Request, Routing};
     use crate::metrics::Summary;
     use crate::phase::journal::{Note, Tick};
     use crate::phase::{Clock, Phase};
@@ -325,7 +325,7 @@ mod tests {
         let client = Client { listener: "web", address: Some([192, 0, 2, 7].into()), ..Client::default() };
         Finished {
             request: Request { method: "GET", target: b"/a/b?c", protocol: "HTTP/1.1", ..Request::default() },
-            way: Way { route, ..Way::default() },
+            routing: Routing { route, ..Routing::default() },
             ..Finished::new(at, client, Summary { status, ..Summary::new(clock) })
         }
     }

@@ -66,16 +66,16 @@ const PAUSE_MIN: Duration = Duration::from_micros(200);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
     /// To be polled at all: the first exchange of a connection, until its response begins.
-    Newcomer,
+    NewConnection,
     /// To transfer bytes that a client waits for: a response that it accepts, a held response, or an upload.
-    Pass,
+    Transfer,
     /// To hold a response for a client that does not accept it.
     Spool,
 }
 
 impl Class {
     /// All classes, in the order of `SCHEDULER_CLASSES`.
-    pub const ALL: [Class; 3] = [Class::Newcomer, Class::Pass, Class::Spool];
+    pub const ALL: [Class; 3] = [Class::NewConnection, Class::Transfer, Class::Spool];
 }
 
 /// The schedulers of one gateway: one per worker, created on first use.
@@ -213,9 +213,9 @@ impl Scheduler {
     }
 
     /// Asks for a grant for a new connection, if it must wait for one now.
-    fn request_for_newcomer(self: &Arc<Self>, now: Instant) -> Option<Grant> {
-        let defers = self.lock().policy.defers_newcomer(now);
-        defers.then(|| self.request(Class::Newcomer, 0, false))
+    fn request_for_connection(self: &Arc<Self>, now: Instant) -> Option<Grant> {
+        let defers = self.lock().policy.defers_connection(now);
+        defers.then(|| self.request(Class::NewConnection, 0, false))
     }
 
     /// Asks for a grant. `missing` is the number of missing bytes, `u64::MAX` if unknown; `disk`: the bytes need the
@@ -370,10 +370,10 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn an_exchange_that_waits_longest_gets_its_grant_beside_a_stream_of_others() {
         let scheduler = schedulers().here();
-        let patient = scheduler.request(Class::Pass, u64::MAX, false);
+        let patient = scheduler.request(Class::Transfer, u64::MAX, false);
         let stream = async {
             loop {
-                given(scheduler.request(Class::Pass, 1, true)).await;
+                given(scheduler.request(Class::Transfer, 1, true)).await;
             }
         };
         tokio::select! {
@@ -416,7 +416,8 @@ pub(crate) mod tests {
 
     #[test]
     fn the_classes_are_those_of_the_metrics() {
-        assert_eq!(Class::ALL.map(|class| format!("{class:?}").to_lowercase()), SCHEDULER_CLASSES);
+        let words = SCHEDULER_CLASSES.map(|words| words.replace('_', ""));
+        assert_eq!(Class::ALL.map(|class| format!("{class:?}").to_lowercase()), words);
         assert_eq!(Class::ALL.map(|class| class as usize), [0, 1, 2]);
     }
 

@@ -4,7 +4,7 @@
 //! The start and the end of a wait are stores into its own entry. Each worker has its own list, whose lock only queries
 //! share. A query visits the lists one after the other and copies what it needs.
 
-pub mod pace;
+pub mod min_rate;
 pub mod waiting;
 
 use std::cell::RefCell;

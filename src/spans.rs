@@ -1,7 +1,7 @@
 //! Traces: the trace context of each exchange, and the spans of recorded exchanges.
 //!
 //! `proxy` asks the [`Tracer`] for a context when a header has arrived (`spans/context.rs`), gives each attempt its
-//! own span to pass on to the endpoint, and reports the whole [`Story`] in the phase `finish`. A worker puts it
+//! own span to pass on to the endpoint, and reports the whole [`TraceData`] in the phase `finish`. A worker puts it
 //! into a queue (`spans/queue.rs`); a thread turns it into spans (`spans/otlp.rs`, with the feature `otel`) and
 //! sends them to a collector. If tracing is off, none of this runs and `traceparent` passes unchanged.
 
@@ -51,14 +51,14 @@ pub struct Attempt {
 
 /// Notes on a recorded exchange, besides its journal.
 #[derive(Debug, Default)]
-pub struct Notes {
+pub struct AttemptNotes {
     attempts: Vec<Attempt>,
 }
 
 /// Limit on recorded attempts; ten attempts and a free one are possible.
 const ATTEMPTS_MAX: usize = 16;
 
-impl Notes {
+impl AttemptNotes {
     /// Records a new attempt.
     pub fn attempt(&mut self, upstream: &str, endpoint: &str, begun: Instant) {
         if self.attempts.len() < ATTEMPTS_MAX {
@@ -81,11 +81,11 @@ impl Notes {
 
 /// Everything that spans need of a recorded exchange, when it has ended.
 #[derive(Debug)]
-pub struct Story {
+pub struct TraceData {
     /// Its trace context.
     pub context: Context,
     /// Its attempts.
-    pub notes: Box<Notes>,
+    pub notes: Box<AttemptNotes>,
     /// Its phases.
     pub journal: Box<Journal>,
     /// `tracestate` as received.
@@ -122,19 +122,19 @@ pub struct Story {
     pub attributes: Box<[(Box<str>, Box<str>)]>,
 }
 
-impl Story {
+impl TraceData {
     /// The phases that become spans: from the first byte of the header on.
     fn phases(&self) -> impl Iterator<Item = Span> + '_ {
         self.journal.spans().filter(|span| span.phase >= Phase::Header)
     }
 
-    /// How many spans the story becomes.
+    /// How many spans the trace becomes.
     fn spans(&self) -> u64 {
         (1 + self.phases().count() + self.notes.attempts.len() + self.journal.steps().0.len()) as u64
     }
 }
 
-/// Assigns trace contexts and queues the stories of recorded exchanges.
+/// Assigns trace contexts and queues the traces of recorded exchanges.
 pub struct Tracer {
     /// Additional attributes of each exchange's span.
     pub attributes: Named,
@@ -168,18 +168,18 @@ impl Tracer {
         self.sampler.place(headers, peer_is_trusted)
     }
 
-    /// Queues the story of an exchange. Never blocks: if the queue is full, the story is dropped and counted.
-    pub fn tell(&self, mut story: Story) {
-        if let (Query::Drop, Some((path, _))) = (self.query, story.target.split_once('?')) {
-            story.target = path.into();
+    /// Queues the trace of an exchange. Never blocks: if the queue is full, the trace is dropped and counted.
+    pub fn tell(&self, mut trace: TraceData) {
+        if let (Query::Drop, Some((path, _))) = (self.query, trace.target.split_once('?')) {
+            trace.target = path.into();
         }
-        let spans = story.spans();
-        if !self.queue.push(story) {
+        let spans = trace.spans();
+        if !self.queue.push(trace) {
             self.dropped.inc_by(spans);
         }
     }
 
-    /// Exports the queue, within the time limit of one export. Later stories are dropped.
+    /// Exports the queue, within the time limit of one export. Later traces are dropped.
     pub fn close(&self) {
         if !self.queue.close(self.patience) {
             tracing::warn!("not all spans were exported: the collector takes too long");

@@ -28,7 +28,7 @@ use crate::config::server::Resources;
 use crate::config::units::Size;
 use crate::metrics::{Direction, RouteMetrics};
 use crate::slow_client::SlowClients;
-use budget::{Budget, Share, Wait};
+use budget::{Budget, Reservation, Wait};
 use disk::{Disk, Permit, Read, Unwritten, Written};
 use pieces::Pieces;
 
@@ -39,7 +39,7 @@ const CHUNK_BYTES: u64 = 256 * 1024;
 const SMALL_CHUNK_BYTES: u64 = 32 * 1024;
 
 /// The resources that spools share.
-pub struct Depot {
+pub struct Spools {
     /// The disk threads.
     pub disk: Disk,
     /// The limits of all spools.
@@ -52,11 +52,11 @@ pub struct Depot {
     small_chunk: u64,
 }
 
-impl Depot {
+impl Spools {
     /// Creates the shared resources.
     pub fn new(disk: Disk, budget: Arc<Budget>, accounts: Arc<Accounts>) -> Self {
         let (chunk, small_chunk) = (CHUNK_BYTES, SMALL_CHUNK_BYTES);
-        Depot { disk, budget, slow: SlowClients::default(), accounts, chunk, small_chunk }
+        Spools { disk, budget, slow: SlowClients::default(), accounts, chunk, small_chunk }
     }
 }
 
@@ -115,7 +115,7 @@ impl From<io::Error> for SpoolError {
 ///
 /// Dropping it at any time releases everything; resources in use by the disk threads follow when they have finished.
 pub struct Spool {
-    depot: Arc<Depot>,
+    spools: Arc<Spools>,
     limits: Limits,
     direction: Direction,
     /// The route of the spool; taken when its first write is counted.
@@ -123,7 +123,7 @@ pub struct Spool {
     /// Whether popped bytes are kept, to be popped again.
     keeps: bool,
     /// Its part of the budget, without the part of the disk threads.
-    share: Share,
+    reservation: Reservation,
     /// Position of the next byte to pop. Positions count from the first byte ever pushed.
     next: u64,
     /// The bytes before the file.
@@ -168,7 +168,7 @@ struct DiskFaults {
 pub struct Held {
     /// The bytes, in order.
     pub pieces: Vec<Bytes>,
-    _share: Share,
+    _reservation: Reservation,
 }
 
 /// A queued or active write of the bytes before the tail.
@@ -206,28 +206,28 @@ enum Cause {
 impl Spool {
     /// Creates a spool that releases popped bytes.
     pub fn consuming(
-        depot: &Arc<Depot>,
+        spools: &Arc<Spools>,
         direction: Direction,
         limits: Limits,
         account: Option<&Arc<Account>>,
         route: Option<&Arc<RouteMetrics>>,
     ) -> Self {
-        Spool::new(depot, direction, limits, account, route, false)
+        Spool::new(spools, direction, limits, account, route, false)
     }
 
     /// Creates a spool that keeps popped bytes, so that [`Spool::rewind`] can restart.
     pub fn keeping(
-        depot: &Arc<Depot>,
+        spools: &Arc<Spools>,
         direction: Direction,
         limits: Limits,
         account: Option<&Arc<Account>>,
         route: Option<&Arc<RouteMetrics>>,
     ) -> Self {
-        Spool::new(depot, direction, limits, account, route, true)
+        Spool::new(spools, direction, limits, account, route, true)
     }
 
     fn new(
-        depot: &Arc<Depot>,
+        spools: &Arc<Spools>,
         direction: Direction,
         limits: Limits,
         account: Option<&Arc<Account>>,
@@ -235,12 +235,12 @@ impl Spool {
         keeps: bool,
     ) -> Self {
         Spool {
-            depot: depot.clone(),
+            spools: spools.clone(),
             limits,
             direction,
             route: route.cloned(),
             keeps,
-            share: Share::new(&depot.budget, direction, account),
+            reservation: Reservation::new(&spools.budget, direction, account),
             next: 0,
             head: Pieces::new(0),
             on_disk: OnDisk::default(),
@@ -274,7 +274,7 @@ impl Spool {
     pub fn memory(&self) -> u64 {
         let writing = self.on_disk.write.as_ref().map_or(0, |write| write.bytes);
         let reading = self.on_disk.read.as_ref().map_or(0, |read| read.bytes);
-        self.share.memory() + writing + reading
+        self.reservation.memory() + writing + reading
     }
 
     /// Number of bytes ever written to disk.
@@ -284,19 +284,19 @@ impl Spool {
 
     /// Whether bytes that arrive now are for the file.
     pub fn needs_disk(&self) -> bool {
-        self.disk_left() > 0 && (self.held() >= self.limits.memory || self.share.spills())
+        self.disk_left() > 0 && (self.held() >= self.limits.memory || self.reservation.spills())
     }
 
     /// Whether the client's limit is what denies more.
     pub fn exceeds_client(&self) -> bool {
-        self.disk_faults.denied == Some(Denial::Client) || self.share.is_client_full()
+        self.disk_faults.denied == Some(Denial::Client) || self.reservation.is_client_full()
     }
 
     /// Appends a piece. It always fits: call [`Spool::room`] before receiving it, and [`Spool::room`] or
     /// [`Spool::idle`] afterwards, which start the writes.
     pub fn push(&mut self, piece: Bytes) {
         if !piece.is_empty() {
-            self.share.grow_memory(piece.len() as u64);
+            self.reservation.grow_memory(piece.len() as u64);
             self.tail.push(piece);
         }
     }
@@ -318,12 +318,12 @@ impl Spool {
             return Ok(Room::Full);
         }
         let writes = self.on_disk.write.is_some() || flush == Flush::Queues;
-        if self.share.is_full() {
+        if self.reservation.is_full() {
             return Ok(if writes { Room::Disk } else { self.pause(cx) });
         }
         self.pause = None;
-        let gathered = if self.share.spills() { self.tail.len() } else { self.excess() };
-        Ok(if writes && gathered >= self.depot.chunk { Room::Disk } else { Room::Free })
+        let gathered = if self.reservation.spills() { self.tail.len() } else { self.excess() };
+        Ok(if writes && gathered >= self.spools.chunk { Room::Disk } else { Room::Free })
     }
 
     /// Reports that no more bytes arrive for now: bytes beyond the memory limit are written, even a small number.
@@ -355,9 +355,9 @@ impl Spool {
         let popped = if !self.on_disk.fetched.is_empty() {
             self.pop_fetched(max)
         } else if self.head.contains(self.next) {
-            pop(&mut self.head, &mut self.share, self.next, max, self.keeps)
+            pop(&mut self.head, &mut self.reservation, self.next, max, self.keeps)
         } else if self.tail.contains(self.next) {
-            pop(&mut self.tail, &mut self.share, self.next, max, self.keeps)
+            pop(&mut self.tail, &mut self.reservation, self.next, max, self.keeps)
         } else {
             // They are being written: `settle` has registered the task.
             return Poll::Pending;
@@ -369,11 +369,11 @@ impl Spool {
     /// Shares all bytes with another holder, without a copy, if they are completely in memory. The budget counts them
     /// separately, although they are the same memory while both exist.
     pub fn share_memory(&mut self) -> Option<Held> {
-        if !self.on_disk.stored.is_empty() || self.on_disk.write.is_some() || self.share.spills() {
+        if !self.on_disk.stored.is_empty() || self.on_disk.write.is_some() || self.reservation.spills() {
             return None;
         }
-        let mut share = self.share.another();
-        share.grow_memory(self.head.len() + self.tail.len());
+        let mut reservation = self.reservation.another();
+        reservation.grow_memory(self.head.len() + self.tail.len());
         let mut pieces = Vec::new();
         for run in [&mut self.head, &mut self.tail] {
             let mut at = run.start();
@@ -383,7 +383,7 @@ impl Spool {
                 pieces.push(piece);
             }
         }
-        Some(Held { pieces, _share: share })
+        Some(Held { pieces, _reservation: reservation })
     }
 
     /// Restarts at the first byte.
@@ -395,7 +395,7 @@ impl Spool {
         self.next = 0;
         self.on_disk.read = None;
         self.on_disk.read_turn = Turn::default();
-        self.share.shrink_memory(self.on_disk.fetched.len() as u64);
+        self.reservation.shrink_memory(self.on_disk.fetched.len() as u64);
         self.on_disk.fetched = Bytes::new();
     }
 
@@ -422,12 +422,12 @@ impl Spool {
 
     /// Number of bytes in the tail that should be written now, and the cause.
     fn due(&self, idle: bool) -> Option<(u64, Cause)> {
-        let Depot { chunk, small_chunk, .. } = &*self.depot;
+        let Spools { chunk, small_chunk, .. } = &*self.spools;
         let most = self.disk_left().min(*chunk);
         if most == 0 {
             return None;
         }
-        let (full, spills) = (self.share.is_full(), self.share.spills());
+        let (full, spills) = (self.reservation.is_full(), self.reservation.spills());
         let worthwhile = match (full, spills, idle) {
             // Bytes that go to disk in any case are written at once.
             (true, false, _) => 1,
@@ -452,11 +452,11 @@ impl Spool {
                 self.on_disk.write_turn = Turn::default();
                 break;
             };
-            let Poll::Ready(permit) = self.on_disk.write_turn.poll(&self.depot.disk, cx) else { return Flush::Queues };
-            let grown = (self.offset() + bytes).saturating_sub(self.share.disk());
-            if let Err(denial) = self.share.grow_disk(grown) {
+            let Poll::Ready(permit) = self.on_disk.write_turn.poll(&self.spools.disk, cx) else { return Flush::Queues };
+            let grown = (self.offset() + bytes).saturating_sub(self.reservation.disk());
+            if let Err(denial) = self.reservation.grow_disk(grown) {
                 if self.disk_faults.denied.replace(denial) != Some(denial) {
-                    self.depot.budget.count_denial(self.direction, denial);
+                    self.spools.budget.count_denial(self.direction, denial);
                 }
                 return Flush::Denied;
             }
@@ -475,8 +475,8 @@ impl Spool {
         }
         let offset = self.tail.start() - self.on_disk.base;
         let pieces = self.tail.take_front(bytes);
-        let held = self.share.split_memory(bytes);
-        let written = self.depot.disk.write(permit, self.on_disk.file.clone(), offset, pieces, held);
+        let held = self.reservation.split_memory(bytes);
+        let written = self.spools.disk.write(permit, self.on_disk.file.clone(), offset, pieces, held);
         self.on_disk.write = Some(Write { bytes, written });
     }
 
@@ -497,7 +497,7 @@ impl Spool {
 
     fn count(&mut self, cause: Cause) {
         if cause == Cause::Pressure {
-            self.depot.budget.count_spill();
+            self.spools.budget.count_spill();
         }
         if let Some(route) = self.route.take() {
             let spills = route.spills(self.direction);
@@ -521,7 +521,7 @@ impl Spool {
                 self.on_disk.spilled += bytes;
             }
             Ok(Err(Unwritten { pieces, held, error })) => {
-                self.share.join(held);
+                self.reservation.join(held);
                 self.tail.put_back(pieces);
                 self.disk_faults.broken = true;
                 self.disk_faults.failure = Some(error.into());
@@ -541,19 +541,19 @@ impl Spool {
     fn fetch(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<(), SpoolError>> {
         if self.on_disk.read.is_none() {
             let Some(file) = self.on_disk.file.clone() else { return Poll::Ready(Err(SpoolError::Failed(gone()))) };
-            let permit = std::task::ready!(self.on_disk.read_turn.poll(&self.depot.disk, cx));
+            let permit = std::task::ready!(self.on_disk.read_turn.poll(&self.spools.disk, cx));
             let left = self.on_disk.stored.end - self.next;
             let bytes = usize::try_from(left).unwrap_or(usize::MAX).min(max);
-            self.share.grow_memory(bytes as u64);
-            let held = self.share.split_memory(bytes as u64);
-            let read = self.depot.disk.read(permit, file, self.next - self.on_disk.base, bytes, held);
+            self.reservation.grow_memory(bytes as u64);
+            let held = self.reservation.split_memory(bytes as u64);
+            let read = self.spools.disk.read(permit, file, self.next - self.on_disk.base, bytes, held);
             self.on_disk.read = Some(Reading { bytes: bytes as u64, read });
         }
         let Some(reading) = &mut self.on_disk.read else { return Poll::Pending };
         let read = std::task::ready!(Pin::new(&mut reading.read).poll(cx));
         self.on_disk.read = None;
         let (bytes, held) = read.unwrap_or_else(|_| Err(gone()))?;
-        self.share.join(held);
+        self.reservation.join(held);
         if !self.keeps {
             // An empty file is overwritten from its beginning.
             self.on_disk.stored.start += bytes.len() as u64;
@@ -564,17 +564,17 @@ impl Spool {
 
     fn pop_fetched(&mut self, max: usize) -> Bytes {
         let popped = self.on_disk.fetched.split_to(max.min(self.on_disk.fetched.len()));
-        self.share.shrink_memory(popped.len() as u64);
+        self.reservation.shrink_memory(popped.len() as u64);
         popped
     }
 
     /// Waits for memory.
     fn pause(&mut self, cx: &mut Context<'_>) -> Room {
-        let budget = &self.depot.budget;
+        let budget = &self.spools.budget;
         if budget.pause_max().is_zero() {
             return Room::Pressure;
         }
-        let pause = self.pause.get_or_insert_with(|| self.share.room());
+        let pause = self.pause.get_or_insert_with(|| self.reservation.room());
         if pause.as_mut().poll(cx).is_pending() {
             return Room::Pressure;
         }
@@ -593,18 +593,18 @@ impl Drop for Spool {
         }
         // Closing a large file takes time.
         if let Some(file) = self.on_disk.file.take() {
-            self.depot.disk.close(file, self.share.split_disk());
+            self.spools.disk.close(file, self.reservation.split_disk());
         }
     }
 }
 
 /// Pops from memory.
-fn pop(pieces: &mut Pieces, share: &mut Share, at: u64, max: usize, keeps: bool) -> Bytes {
+fn pop(pieces: &mut Pieces, reservation: &mut Reservation, at: u64, max: usize, keeps: bool) -> Bytes {
     if keeps {
         return pieces.copy(at, max);
     }
     let popped = pieces.take(max);
-    share.shrink_memory(popped.len() as u64);
+    reservation.shrink_memory(popped.len() as u64);
     popped
 }
 
@@ -659,7 +659,7 @@ pub(crate) mod tests {
     };
 
     struct Stage {
-        depot: Arc<Depot>,
+        spools: Arc<Spools>,
         faults: Faults,
         metrics: SpoolMetrics,
         route: Arc<RouteMetrics>,
@@ -673,22 +673,22 @@ pub(crate) mod tests {
         let budget = Budget::new(resources, metrics.clone());
         let accounts = Accounts::new(ClientPrefix::default(), &[], 1);
         let slow = SlowClients::default();
-        let depot = Arc::new(Depot { disk, budget, slow, accounts, chunk, small_chunk: chunk / 8 });
-        Stage { depot, faults, metrics, route: all.route("all") }
+        let spools = Arc::new(Spools { disk, budget, slow, accounts, chunk, small_chunk: chunk / 8 });
+        Stage { spools, faults, metrics, route: all.route("all") }
     }
 
     /// Shared resources with room for everything.
-    pub fn depot() -> Arc<Depot> {
-        stage(RESOURCES, CHUNK).depot
+    pub fn spools() -> Arc<Spools> {
+        stage(RESOURCES, CHUNK).spools
     }
 
     impl Stage {
         fn consuming(&self, limits: Limits) -> Spool {
-            Spool::consuming(&self.depot, Direction::Response, limits, None, Some(&self.route))
+            Spool::consuming(&self.spools, Direction::Response, limits, None, Some(&self.route))
         }
 
         fn keeping(&self, limits: Limits) -> Spool {
-            Spool::keeping(&self.depot, Direction::Request, limits, None, Some(&self.route))
+            Spool::keeping(&self.spools, Direction::Request, limits, None, Some(&self.route))
         }
 
         fn spills(&self, direction: Direction) -> (u64, u64) {
@@ -698,9 +698,9 @@ pub(crate) mod tests {
 
         /// After the last spool was dropped: waits for the disk threads to end, and checks that nothing is left.
         fn leaves_nothing_behind(self) {
-            let budget = self.depot.budget.clone();
+            let budget = self.spools.budget.clone();
             self.faults.release();
-            drop(self.depot);
+            drop(self.spools);
             self.faults.wait_for_end();
             assert_eq!((budget.memory(), budget.disk(), self.faults.open()), (0, 0, 0));
             let gauges = self.metrics.memory.iter().chain(&self.metrics.disk).chain([&self.metrics.disk_queue]);
@@ -797,7 +797,7 @@ pub(crate) mod tests {
         spool.push(Bytes::new());
         assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Free);
         now(|cx| spool.idle(cx));
-        assert_eq!((spool.len(), spool.memory(), stage.depot.budget.memory()), (999, 999, 999));
+        assert_eq!((spool.len(), spool.memory(), stage.spools.budget.memory()), (999, 999, 999));
         assert_eq!(pop(&mut spool, 1000).await.unwrap().as_ptr(), bytes.as_ptr());
         assert_eq!(pop(&mut spool, 1000).await, None);
         assert_eq!((spool.len(), spool.pushed(), spool.memory(), stage.faults.calls()), (0, 999, 0, 0));
@@ -816,7 +816,7 @@ pub(crate) mod tests {
         assert_eq!(spool.spilled() + spool.memory(), 50_000);
         assert_eq!((stage.spills(Direction::Response), stage.metrics.spill.times.get()), ((1, 0), 0));
         drain(&mut spool).await;
-        assert_eq!((spool.memory(), spool.len(), stage.depot.budget.disk()), (0, 0, spool.spilled()));
+        assert_eq!((spool.memory(), spool.len(), stage.spools.budget.disk()), (0, 0, spool.spilled()));
         drop(spool);
         stage.leaves_nothing_behind();
     }
@@ -828,7 +828,7 @@ pub(crate) mod tests {
         let mut spool = stage.consuming(limits);
         for _ in 0..5 {
             assert_eq!(fill(&mut spool).await, Room::Full);
-            assert_eq!(stage.depot.budget.disk(), limits.disk);
+            assert_eq!(stage.spools.budget.disk(), limits.disk);
             drain(&mut spool).await;
         }
         assert_eq!(spool.spilled(), 5 * limits.disk);
@@ -862,7 +862,7 @@ pub(crate) mod tests {
         assert_eq!(spool.room(&mut cx).unwrap(), Room::Disk);
         let most = LIMITS.memory + 2 * CHUNK + 100;
         assert!((most - 200..=most).contains(&spool.memory()), "{} bytes", spool.memory());
-        assert_eq!(stage.depot.budget.memory(), spool.memory());
+        assert_eq!(stage.spools.budget.memory(), spool.memory());
         pop(&mut spool, 1000).await;
 
         assert_eq!(wakes.0.load(Ordering::SeqCst), 0);
@@ -970,7 +970,7 @@ pub(crate) mod tests {
         let stage = stage(Resources { disk: 2 * CHUNK, ..RESOURCES }, CHUNK);
         let [mut one, mut other] = [stage.keeping(LIMITS), stage.consuming(LIMITS)];
         assert_eq!(fill(&mut one).await, Room::Full);
-        assert_eq!(stage.depot.budget.disk(), 2 * CHUNK);
+        assert_eq!(stage.spools.budget.disk(), 2 * CHUNK);
         assert_eq!(fill(&mut other).await, Room::Full);
         assert_eq!((other.spilled(), other.exceeds_client()), (0, false));
         let denials = stage.metrics.denials.map(|denials| denials[0].get());
@@ -982,7 +982,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn under_pressure_little_is_written_too_and_counted() {
         let stage = stage(Resources { memory: 4000, ..RESOURCES }, CHUNK);
-        let mut hog = Share::new(&stage.depot.budget, Direction::Request, None);
+        let mut hog = Reservation::new(&stage.spools.budget, Direction::Request, None);
         let mut spool = stage.consuming(LIMITS);
         push(&mut spool, 200);
         now(|cx| spool.idle(cx));
@@ -997,7 +997,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn when_memory_is_full_a_spool_writes_what_it_has_and_then_waits() {
         let stage = stage(Resources { memory: 4000, ..RESOURCES }, CHUNK);
-        let mut hog = Share::new(&stage.depot.budget, Direction::Request, None);
+        let mut hog = Reservation::new(&stage.spools.budget, Direction::Request, None);
         let mut spool = stage.consuming(LIMITS);
         push(&mut spool, 10);
         hog.grow_memory(4000);
@@ -1023,7 +1023,7 @@ pub(crate) mod tests {
         let mut spool = stage.consuming(Limits { memory: 5000, disk: 0 });
         push(&mut spool, 4000);
         assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Pressure);
-        assert_eq!((stage.metrics.pause.times.get(), stage.depot.budget.pause_max()), (0, Duration::ZERO));
+        assert_eq!((stage.metrics.pause.times.get(), stage.spools.budget.pause_max()), (0, Duration::ZERO));
     }
 
     #[tokio::test]
@@ -1039,7 +1039,7 @@ pub(crate) mod tests {
         stage.faults.wait_for_held(2);
         drop(spool);
         // Bytes of the disk threads are still counted.
-        assert_eq!(stage.depot.budget.memory(), CHUNK + 500);
+        assert_eq!(stage.spools.budget.memory(), CHUNK + 500);
         stage.leaves_nothing_behind();
     }
 
@@ -1133,7 +1133,7 @@ pub(crate) mod tests {
         spool: Spool,
         limits: Limits,
         sent: Vec<u8>,
-        others: Share,
+        others: Reservation,
         /// Failures that were scheduled.
         faulty: bool,
         largest_pop: u64,
@@ -1145,7 +1145,7 @@ pub(crate) mod tests {
         fn new(keeps: bool, limits: Limits, chunk: u64) -> Self {
             let stage = stage(Resources { memory: 1_000_000, disk: 900_000, ..RESOURCES }, chunk);
             let spool = if keeps { stage.keeping(limits) } else { stage.consuming(limits) };
-            let others = Share::new(&stage.depot.budget, Direction::Request, None);
+            let others = Reservation::new(&stage.spools.budget, Direction::Request, None);
             Trial { stage, spool, limits, sent: Vec::new(), others, faulty: false, largest_pop: 0, forgotten: 0 }
         }
 
@@ -1211,10 +1211,10 @@ pub(crate) mod tests {
                 self.sent.extend_from_slice(&piece(self.sent.len() as u64, bytes));
                 self.spool.push(piece(self.spool.pushed(), bytes));
                 let Limits { memory, .. } = self.limits;
-                let most = memory + 2 * self.stage.depot.chunk + bytes as u64 + self.largest_pop;
+                let most = memory + 2 * self.stage.spools.chunk + bytes as u64 + self.largest_pop;
                 assert!(self.spool.memory() <= most, "{} bytes of {most}", self.spool.memory());
             } else {
-                let held = self.spool.memory() + self.stage.depot.budget.disk();
+                let held = self.spool.memory() + self.stage.spools.budget.disk();
                 assert!(held >= self.limits.memory || self.spool.disk_faults.broken, "{room:?} with {held} bytes");
             }
         }
@@ -1264,11 +1264,11 @@ pub(crate) mod tests {
             let sent = self.sent.len() as u64;
             assert_eq!((spool.pushed(), spool.unread()), (sent, sent - spool.next));
             assert_eq!(spool.len(), if spool.keeps { sent } else { sent - spool.next });
-            assert!(self.stage.depot.budget.disk() <= self.limits.disk.min(900_000));
+            assert!(self.stage.spools.budget.disk() <= self.limits.disk.min(900_000));
             // The disk threads release memory before the spool handles the result, and abandoned memory when they reach
             // it.
             let most = spool.memory() + self.others.memory() + self.forgotten;
-            assert!(self.stage.depot.budget.memory() <= most);
+            assert!(self.stage.spools.budget.memory() <= most);
             assert!(spool.memory() + spool.spilled() >= spool.unread());
         }
 

@@ -63,14 +63,14 @@ use check::Checks;
 use discovery::{Discovery, Resolve};
 use ejector::Ejector;
 use health::Health;
-use orders::{Order, Orders};
+use orders::{Order, Overrides};
 use queue::Place as PlaceInLine;
 use retries::{Allowance, Permit, Retries};
 use roster::Roster;
-use sticky::{Sticky, Stuck};
+use sticky::{Sticky, StickyTarget};
 use transport::Transport;
 
-pub use admission::Engaged;
+pub use admission::EndpointLease;
 pub use balance::Split;
 pub use check::Places;
 pub use ended::{Ended, Outcome};
@@ -103,7 +103,7 @@ pub struct Upstream {
     /// Its retry budget.
     retries: Arc<Retries>,
     /// The operator's orders. They outlive configuration changes.
-    orders: Arc<Mutex<Orders>>,
+    orders: Arc<Mutex<Overrides>>,
     ejector: Ejector,
     /// The settings as written.
     written: config::Upstream,
@@ -360,13 +360,13 @@ impl Upstream {
     }
 
     /// The affinity in the request's cookie; `None` without a cookie with a valid signature.
-    pub fn stuck(&self, asked: &Asked<'_>) -> Option<Stuck> {
+    pub fn stuck(&self, asked: &Asked<'_>) -> Option<StickyTarget> {
         let sticky = self.affinity.sticky.as_ref()?;
         sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
     }
 
     /// The `Set-Cookie` for the endpoint that responded; `None` if none is needed or configured.
-    pub fn cookie(&self, stuck: Option<&Stuck>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
+    pub fn cookie(&self, stuck: Option<&StickyTarget>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
         let sticky = self.affinity.sticky.as_ref()?;
         let stays = stuck.is_some_and(|stuck| !stuck.is_old && endpoint.names.contains(&stuck.endpoint));
         if stays { None } else { sticky.write(&endpoint.names, https, SystemTime::now()) }
@@ -381,21 +381,27 @@ impl Upstream {
 
     /// As [`Upstream::select`], for a client with session affinity: its endpoint has priority if it is available and
     /// has room.
-    pub fn select_for(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
+    pub fn select_for(&self, stuck: Option<&StickyTarget>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         match self.admission.queue().bars() {
-            true => self.with_leave(now, || Choice::Full),
+            true => self.if_admitted(now, || Choice::Full),
             false => self.select_in_turn(stuck, hash, tried, now),
         }
     }
 
     /// As [`Upstream::select_for`], for an exchange that has a turn in the queue.
-    pub fn select_in_turn(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
+    pub fn select_in_turn(
+        &self,
+        stuck: Option<&StickyTarget>,
+        hash: u64,
+        tried: &[Arc<Endpoint>],
+        now: Instant,
+    ) -> Choice {
         let choose = |roster: &Roster| {
             let stuck = stuck.filter(|_| !self.admission.is_full());
-            let stays = stuck.and_then(|stuck| self.admission.engage(roster.named(stuck.endpoint, tried)?));
-            stays.map_or_else(|| roster.engage(hash, tried, &self.admission, now), Choice::Engaged)
+            let stays = stuck.and_then(|stuck| self.admission.lease(roster.named(stuck.endpoint, tried)?));
+            stays.map_or_else(|| roster.lease(hash, tried, &self.admission, now), Choice::Leased)
         };
-        self.with_leave(now, || {
+        self.if_admitted(now, || {
             let roster = self.membership.roster.load();
             match choose(&roster) {
                 // All were removed meanwhile, and there are new ones.
@@ -408,18 +414,18 @@ impl Upstream {
     }
 
     /// Chooses if the circuit breaker permits it.
-    fn with_leave(&self, now: Instant, choose: impl FnOnce() -> Choice) -> Choice {
-        let leave = match self.admission.leave(now) {
-            Ok(leave) => leave,
+    fn if_admitted(&self, now: Instant, choose: impl FnOnce() -> Choice) -> Choice {
+        let admitted = match self.admission.admit(now) {
+            Ok(admitted) => admitted,
             Err(away) => return Choice::Away(away),
         };
         match choose() {
-            Choice::Engaged(engaged) => {
-                engaged.metrics.selections.inc();
-                Choice::Engaged(engaged.with(leave))
+            Choice::Leased(lease) => {
+                lease.metrics.selections.inc();
+                Choice::Leased(lease.with(admitted))
             }
             other => {
-                self.admission.unused(leave.as_ref(), now);
+                self.admission.unused(admitted.as_ref(), now);
                 other
             }
         }
@@ -446,11 +452,11 @@ impl Upstream {
     }
 
     /// Reports the end of an attempt. Called exactly once per endpoint that [`Upstream::select`] returned.
-    pub fn ended(&self, engaged: &mut Engaged, ended: &Ended, now: Instant) {
+    pub fn ended(&self, lease: &mut EndpointLease, ended: &Ended, now: Instant) {
         self.count(ended);
-        engaged.learn(ended, now);
-        engaged.ended(ended, now);
-        self.ejector.hear(engaged, ended);
+        lease.learn(ended, now);
+        lease.ended(ended, now);
+        self.ejector.hear(lease, ended);
     }
 
     fn count(&self, ended: &Ended) {
@@ -537,7 +543,7 @@ impl Upstream {
     }
 
     /// Held while an order is carried out, never on a worker.
-    fn orders(&self) -> MutexGuard<'_, Orders> {
+    fn orders(&self) -> MutexGuard<'_, Overrides> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -756,7 +762,7 @@ mod tests {
     use std::num::NonZeroU32;
 
     use async_trait::async_trait;
-    use discovery::{Answer, Service};
+    use discovery::{QueryResult, Service};
 
     /// A resolver with answers set by a test.
     #[derive(Default)]
@@ -772,18 +778,18 @@ mod tests {
 
     #[async_trait]
     impl Resolve for Arc<Script> {
-        async fn addresses(&self, host: &str) -> Answer<net::IpAddr> {
+        async fn addresses(&self, host: &str) -> QueryResult<net::IpAddr> {
             match self.0.lock().unwrap().get(host) {
-                Some(addresses) if addresses.is_empty() => Answer::Failed("nobody tells".to_owned()),
+                Some(addresses) if addresses.is_empty() => QueryResult::Failed("nobody tells".to_owned()),
                 Some(addresses) => {
                     let addresses = addresses.iter().map(|address| address.parse().unwrap());
-                    Answer::Found(addresses.collect(), Duration::ZERO)
+                    QueryResult::Found(addresses.collect(), Duration::ZERO)
                 }
-                None => Answer::None(format!("there is no `{host}`")),
+                None => QueryResult::None(format!("there is no `{host}`")),
             }
         }
 
-        async fn services(&self, _: &str) -> Answer<Service> {
+        async fn services(&self, _: &str) -> QueryResult<Service> {
             unreachable!("no test asks for one")
         }
     }
@@ -823,7 +829,7 @@ mod tests {
     fn selected(upstream: &Upstream, turns: usize) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for _ in 0..turns {
-            let endpoint = upstream.select(0, &[], Instant::now()).engaged().unwrap();
+            let endpoint = upstream.select(0, &[], Instant::now()).lease().unwrap();
             *counts.entry(format!("{} {}", endpoint.label, endpoint.address)).or_default() += 1;
         }
         counts
@@ -836,7 +842,7 @@ mod tests {
     #[test]
     fn endpoints_take_turns_by_weight_and_each_selection_is_counted() {
         let upstream = build(&[("10.0.0.1:80", 5), ("unix:/run/b.sock", 1), ("[::1]:80", 1)], &Arc::default()).unwrap();
-        let order: Vec<_> = (0..7).map(|_| upstream.select(0, &[], Instant::now()).engaged().unwrap()).collect();
+        let order: Vec<_> = (0..7).map(|_| upstream.select(0, &[], Instant::now()).lease().unwrap()).collect();
         let labels: Vec<&str> = order.iter().map(|endpoint| &*endpoint.label).collect();
         let a = "10.0.0.1:80";
         assert_eq!(labels, [a, a, "unix:/run/b.sock", a, "[::1]:80", a, a]);
@@ -847,7 +853,7 @@ mod tests {
     fn an_endpoint_that_was_tried_is_not_selected_again_and_after_the_last_there_is_none() {
         let upstream = build(&[("10.0.0.1:80", 9), ("10.0.0.2:80", 1), ("10.0.0.3:80", 1)], &Arc::default()).unwrap();
         let mut tried = Vec::new();
-        while let Some(endpoint) = upstream.select(0, &tried, Instant::now()).engaged() {
+        while let Some(endpoint) = upstream.select(0, &tried, Instant::now()).lease() {
             tried.push(Arc::clone(endpoint.endpoint()));
         }
         let distinct: BTreeSet<String> = tried.iter().map(|endpoint| endpoint.address.to_string()).collect();
@@ -874,7 +880,7 @@ mod tests {
     async fn a_refresh_takes_in_new_addresses_and_keeps_the_last_good_answer() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]).set("b.test", &["10.0.1.1"]);
         let upstream = build(&[("a.test:80", 1), ("b.test:80", 1)], &script).unwrap();
-        let before = upstream.select(0, &[], Instant::now()).engaged().unwrap();
+        let before = upstream.select(0, &[], Instant::now()).lease().unwrap();
 
         script.set("a.test", &[]).set("b.test", &["10.0.1.2", "10.0.1.3"]);
         upstream.look_up().await;
@@ -898,7 +904,7 @@ mod tests {
     async fn the_resolver_of_the_system_may_be_asked_from_within_a_runtime() {
         let upstream = Arc::new(Upstream::build("shop", &written(&[("localhost:80", 1)]), metrics()).unwrap());
         assert!(look_up([&upstream]).is_empty());
-        assert_eq!(&*upstream.select(0, &[], Instant::now()).engaged().unwrap().label, "localhost:80");
+        assert_eq!(&*upstream.select(0, &[], Instant::now()).lease().unwrap().label, "localhost:80");
     }
 
     #[test]
@@ -933,7 +939,7 @@ mod tests {
     async fn an_endpoint_that_is_busy_is_remembered_until_it_is_free_and_taken_back_if_it_comes_again() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
         let upstream = build(&[("a.test:80", 1)], &script).unwrap();
-        let busy = upstream.select(0, &[], Instant::now()).engaged().unwrap();
+        let busy = upstream.select(0, &[], Instant::now()).lease().unwrap();
         script.set("a.test", &["10.0.0.2"]);
         upstream.look_up().await;
         assert_eq!(selected(&upstream, 2), counts(&[("a.test:80 10.0.0.2:80", 2)]), "it is given nothing new");
@@ -941,7 +947,7 @@ mod tests {
 
         script.set("a.test", &["10.0.0.1"]);
         upstream.look_up().await;
-        assert!(Arc::ptr_eq(upstream.select(0, &[], Instant::now()).engaged().unwrap().endpoint(), busy.endpoint()));
+        assert!(Arc::ptr_eq(upstream.select(0, &[], Instant::now()).lease().unwrap().endpoint(), busy.endpoint()));
         assert_eq!((upstream.members().len(), busy.inflight()), (1, 1), "the other one had nothing to do");
     }
 
@@ -999,7 +1005,7 @@ mod tests {
 
         script.set("a.test", &["10.0.0.2"]);
         let refreshed = async {
-            while upstream.select(0, &[], Instant::now()).engaged().unwrap().address.to_string() != "10.0.0.2:80" {
+            while upstream.select(0, &[], Instant::now()).lease().unwrap().address.to_string() != "10.0.0.2:80" {
                 tokio::task::yield_now().await;
             }
         };

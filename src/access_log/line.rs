@@ -46,12 +46,12 @@ pub(super) fn json(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
         millis(line, "\":", spent);
     }
     line.push(b'}');
-    text(line, ",\"route\":\"", finished.way.route.as_bytes());
-    option(line, ",\"upstream\":\"", finished.way.upstream.map(str::as_bytes));
-    option(line, ",\"endpoint\":\"", finished.way.endpoint.map(str::as_bytes));
-    number(line, ",\"attempts\":", finished.way.attempts.into());
-    option(line, ",\"handed_over\":\"", finished.way.handed_over.map(str::as_bytes));
-    for (place, failed) in finished.way.failed.iter().enumerate() {
+    text(line, ",\"route\":\"", finished.routing.route.as_bytes());
+    option(line, ",\"upstream\":\"", finished.routing.upstream.map(str::as_bytes));
+    option(line, ",\"endpoint\":\"", finished.routing.endpoint.map(str::as_bytes));
+    number(line, ",\"attempts\":", finished.routing.attempts.into());
+    option(line, ",\"handed_over\":\"", finished.routing.handed_over.map(str::as_bytes));
+    for (place, failed) in finished.routing.failed.iter().enumerate() {
         line.extend_from_slice(if place == 0 { b",\"failed\":[{" } else { b",{" });
         line.extend_from_slice(b"\"endpoint\":\"");
         escape_json(line, failed.endpoint.as_bytes());
@@ -59,7 +59,7 @@ pub(super) fn json(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
         millis(line, ",\"ms\":", micros(failed.took));
         line.push(b'}');
     }
-    if !finished.way.failed.is_empty() {
+    if !finished.routing.failed.is_empty() {
         line.push(b']');
     }
     if finished.buffered > 0 {
@@ -126,18 +126,18 @@ pub(super) fn combined(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>
     combined_text(line, " listener=", Some(finished.client.listener.as_bytes()));
     combined_text(line, " host=", Some(finished.request.host));
     number(line, " received=", finished.summary.received);
-    combined_text(line, " route=", Some(finished.way.route.as_bytes()));
-    combined_text(line, " upstream=", finished.way.upstream.map(str::as_bytes));
-    combined_text(line, " endpoint=", finished.way.endpoint.map(str::as_bytes));
-    number(line, " attempts=", finished.way.attempts.into());
-    for (place, failed) in finished.way.failed.iter().enumerate() {
+    combined_text(line, " route=", Some(finished.routing.route.as_bytes()));
+    combined_text(line, " upstream=", finished.routing.upstream.map(str::as_bytes));
+    combined_text(line, " endpoint=", finished.routing.endpoint.map(str::as_bytes));
+    number(line, " attempts=", finished.routing.attempts.into());
+    for (place, failed) in finished.routing.failed.iter().enumerate() {
         line.extend_from_slice(if place == 0 { b" failed=\"" } else { b", " });
         escape_combined(line, failed.endpoint.as_bytes());
         put(line, format_args!(" {} {}", failed.phase.name(), failed.why));
         millis(line, " ", micros(failed.took));
     }
-    line.extend_from_slice(if finished.way.failed.is_empty() { b" failed=-" } else { b"\"" });
-    combined_text(line, " handed_over=", finished.way.handed_over.map(str::as_bytes));
+    line.extend_from_slice(if finished.routing.failed.is_empty() { b" failed=-" } else { b"\"" });
+    combined_text(line, " handed_over=", finished.routing.handed_over.map(str::as_bytes));
     combined_text(line, " reason=", finished.reason().map(str::as_bytes));
     match finished.grpc_status {
         Some(status) => number(line, " grpc_status=", status.into()),
@@ -337,7 +337,7 @@ pub(super) mod tests {
     use crate::config::server::AccessLog;
     use crate::error::refusal;
     use crate::expression::named::NamedText;
-    use crate::finished::{Client, Failed, Finished, Request, Way, Why};
+    use crate::finished::{Client, Failed, Finished, Request, Routing, Why};
     use crate::metrics::Summary;
     use crate::spans::TraceId;
 
@@ -387,12 +387,12 @@ pub(super) mod tests {
                 user_agent: Some(b"curl/8.5.0"),
                 ..Request::default()
             },
-            way: Way {
+            routing: Routing {
                 route: "shop",
                 upstream: Some("app"),
                 endpoint: Some("127.0.0.1:3000"),
                 attempts: 1,
-                ..Way::default()
+                ..Routing::default()
             },
             ..Finished::new(Instant::now(), client, summary)
         }
@@ -451,7 +451,7 @@ pub(super) mod tests {
         finished.spilled = 1;
         finished.summary.held = Some(Duration::from_secs(1));
         finished.summary.saved = Duration::from_secs(1);
-        finished.way.failed = &failed;
+        finished.routing.failed = &failed;
         finished.summary.refusal = Some(&refusal::WAIT_TIMEOUT);
         finished.grpc_status = Some(14);
         finished.request.id = Some(b"x");
@@ -536,7 +536,7 @@ pub(super) mod tests {
         let failed = |phase, why| Failed { endpoint: "a\"b:80".into(), phase, why, took: Duration::from_micros(120) };
         let failed = [failed(Phase::Connect, Why::Refusal("connect.refused")), failed(Phase::Wait, Why::Status(503))];
         let mut finished = finished(&clock);
-        finished.way.failed = &failed;
+        finished.routing.failed = &failed;
         let json: Value = serde_json::from_str(&json_of(&finished)).unwrap();
         let expected = serde_json::json!([
             { "endpoint": "a\"b:80", "phase": "connect", "reason": "connect.refused", "ms": 0.12 },

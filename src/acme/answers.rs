@@ -19,7 +19,7 @@ use crate::client::tls::challenge;
 /// The answer to one challenge.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Answer {
+pub enum ChallengeResponse {
     /// For HTTP requests.
     Http01 {
         /// The token.
@@ -58,11 +58,11 @@ impl<'a> Answers<'a> {
     /// # Errors
     ///
     /// The library has no random numbers, or the store cannot be written.
-    pub fn add(&mut self, answer: &Answer) -> Result<(), Failure> {
+    pub fn add(&mut self, answer: &ChallengeResponse) -> Result<(), Failure> {
         give(&mut self.awaited, answer)?;
         let what = match answer {
-            Answer::Http01 { token, .. } => token,
-            Answer::TlsAlpn01 { name, .. } => name,
+            ChallengeResponse::Http01 { token, .. } => token,
+            ChallengeResponse::TlsAlpn01 { name, .. } => name,
         };
         let file = self.store.challenge(xxh3_64(what.as_bytes()));
         let kept = store::replace_json(&file, answer);
@@ -101,10 +101,10 @@ impl Followed {
     }
 }
 
-fn give(awaited: &mut Awaited, answer: &Answer) -> Result<(), ErrorStack> {
+fn give(awaited: &mut Awaited, answer: &ChallengeResponse) -> Result<(), ErrorStack> {
     match answer {
-        Answer::Http01 { token, answer } => awaited.token(token, answer),
-        Answer::TlsAlpn01 { name, digest } => awaited.name(name, &challenge::context(name, digest)?),
+        ChallengeResponse::Http01 { token, answer } => awaited.token(token, answer),
+        ChallengeResponse::TlsAlpn01 { name, digest } => awaited.name(name, &challenge::context(name, digest)?),
     }
     Ok(())
 }
@@ -126,9 +126,9 @@ mod tests {
         let path = "/.well-known/acme-challenge/abc";
 
         let mut answers = Answers::new(&here, &store);
-        let token = Answer::Http01 { token: "abc".to_owned(), answer: "abc.key".to_owned() };
+        let token = ChallengeResponse::Http01 { token: "abc".to_owned(), answer: "abc.key".to_owned() };
         answers.add(&token).expect("a file");
-        answers.add(&Answer::TlsAlpn01 { name: "a.test".to_owned(), digest: [7; 32] }).expect("a file");
+        answers.add(&ChallengeResponse::TlsAlpn01 { name: "a.test".to_owned(), digest: [7; 32] }).expect("a file");
         let mut followed = Followed::default();
         for challenges in [&here, &there] {
             followed.look(&store, &there);

@@ -18,7 +18,7 @@ use instant_acme::{
 };
 use zeroize::Zeroizing;
 
-use super::answers::{Answer, Answers};
+use super::answers::{Answers, ChallengeResponse};
 use super::failure::{Failure, is_of, told, words};
 use super::store::Store;
 use crate::client::challenges::Challenges;
@@ -130,17 +130,17 @@ fn offered<'a>(
     }
 }
 
-fn answer(offered: &ChallengeHandle<'_>, challenge: Challenge) -> Result<Answer, Failure> {
+fn answer(offered: &ChallengeHandle<'_>, challenge: Challenge) -> Result<ChallengeResponse, Failure> {
     let key_authorization = offered.key_authorization();
     Ok(match challenge {
         Challenge::Http01 => {
-            Answer::Http01 { token: offered.token.clone(), answer: key_authorization.as_str().to_owned() }
+            ChallengeResponse::Http01 { token: offered.token.clone(), answer: key_authorization.as_str().to_owned() }
         }
         Challenge::TlsAlpn01 => {
             let digest = key_authorization.digest();
             let digest =
                 digest.as_ref().try_into().map_err(|_| Failure::new("a digest that has not 32 bytes".to_owned()))?;
-            Answer::TlsAlpn01 { name: offered.identifier().to_string().to_ascii_lowercase(), digest }
+            ChallengeResponse::TlsAlpn01 { name: offered.identifier().to_string().to_ascii_lowercase(), digest }
         }
     })
 }

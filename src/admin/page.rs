@@ -9,7 +9,7 @@ use http::HeaderValue;
 use http::header::{CONTENT_SECURITY_POLICY, REFERRER_POLICY, VARY};
 use sha2::{Digest, Sha256};
 
-use super::answer::Answer;
+use super::reply::Reply;
 
 const PAGE: &str = include_str!("page.html");
 
@@ -33,8 +33,8 @@ impl Page {
     }
 
     /// The response with the page.
-    pub fn answer(&self) -> Answer {
-        Answer::whole("text/html; charset=utf-8", PAGE)
+    pub fn answer(&self) -> Reply {
+        Reply::whole("text/html; charset=utf-8", PAGE)
             .with_header(CONTENT_SECURITY_POLICY, self.policy.clone())
             .with_header(REFERRER_POLICY, HeaderValue::from_static("no-referrer"))
             .with_header(VARY, HeaderValue::from_static("Accept"))

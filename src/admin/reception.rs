@@ -16,8 +16,8 @@ use pingora::services::Service;
 use tokio::sync::watch;
 
 use crate::client::acceptor::Open;
-use crate::client::connection::Inflight;
 use crate::client::entrance;
+use crate::client::inflight::Inflight;
 use crate::client::socket::Accepted;
 use crate::client::tls::Tls;
 

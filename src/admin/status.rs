@@ -17,11 +17,11 @@ use prometheus::IntCounter;
 use serde::{Deserialize, Serialize};
 use tokio::time::MissedTickBehavior;
 
-use super::answer::{self, Answer};
 use super::page::Page;
+use super::reply::{self, Reply};
 use super::table::Ask;
 use super::{Admin, Readiness, Ready};
-use crate::client::connection::Listener;
+use crate::client::listener::Listener;
 use crate::eventloop::Loops;
 use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
 use crate::phase::Phase;
@@ -185,9 +185,9 @@ pub struct WorkerStatus {
     /// The lag of its answers to heartbeat probes.
     pub lag: Option<Times>,
     /// Exchanges that move much data and wait for their turn.
-    pub lane_waiting: Option<i64>,
+    pub scheduler_waiting: Option<i64>,
     /// The share of its time for such exchanges, from 0 to 1.
-    pub lane_share: Option<f64>,
+    pub scheduler_share: Option<f64>,
     /// The exchange that is being polled now.
     pub doing: Option<Doing>,
 }
@@ -480,10 +480,12 @@ impl Status {
                 let scheduler = number.map(|number| metrics.scheduler(number));
                 WorkerStatus {
                     lag: number.map(|number| Times::from(metrics.lag(number))),
-                    lane_waiting: scheduler
+                    scheduler_waiting: scheduler
                         .as_ref()
                         .map(|scheduler| scheduler.waiting.iter().map(|gauge| gauge.get()).sum()),
-                    lane_share: scheduler.as_ref().map(|scheduler| scheduler.share[Class::Pass as usize].get()),
+                    scheduler_share: scheduler
+                        .as_ref()
+                        .map(|scheduler| scheduler.share[Class::Transfer as usize].get()),
                     wait_seconds: figures.wait_seconds,
                     busy_seconds: figures.busy_seconds,
                     wakeups: figures.wakeups,
@@ -532,7 +534,7 @@ impl Status {
         }
         // The error cannot happen: the document consists of structs and maps with text keys.
         let document = serde_json::to_string(&self.document(Most::EVENT)).unwrap_or_default();
-        let event = answer::event("status", &document);
+        let event = reply::event("status", &document);
         *last = Some((now, event.clone()));
         event
     }
@@ -546,20 +548,20 @@ pub fn add(admin: Admin, status: Arc<Status>) -> Admin {
             if ask.wants_html() && ask.query("format").is_none() {
                 return page.answer();
             }
-            let answer = once_asked(&once, ask).unwrap_or_else(|what| Answer::error(StatusCode::BAD_REQUEST, &what));
+            let answer = once_asked(&once, ask).unwrap_or_else(|what| Reply::error(StatusCode::BAD_REQUEST, &what));
             answer.with_header(VARY, HeaderValue::from_static("Accept"))
         })
         .get("/status/events", "the same every second, as server-sent events", move |_| {
             let mut ticks = tokio::time::interval(EVERY);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            Answer::events(Box::pin(futures::stream::unfold((status.clone(), ticks), |(status, mut ticks)| async {
+            Reply::events(Box::pin(futures::stream::unfold((status.clone(), ticks), |(status, mut ticks)| async {
                 let now = ticks.tick().await;
                 Some((status.event(now.into_std()), (status, ticks)))
             })))
         })
 }
 
-fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
+fn once_asked(status: &Status, ask: &Ask) -> Result<Reply, String> {
     let number = |name: &str| match ask.query(name).map(|text| text.parse::<usize>()) {
         None => Ok(None),
         Some(Ok(number)) => Ok(Some(number)),
@@ -568,7 +570,7 @@ fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
     let routes = number("routes")?.unwrap_or(usize::MAX);
     let slow = number("slow")?.unwrap_or(SLOW).min(SLOW_MAX);
     let endpoints = number("endpoints")?.unwrap_or(ENDPOINTS);
-    Ok(Answer::json(&status.document(Most { routes, slow, endpoints })))
+    Ok(Reply::json(&status.document(Most { routes, slow, endpoints })))
 }
 
 fn listened(address: &str, listener: &Listener) -> ListenerStatus {

@@ -11,10 +11,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Uri};
 
-use super::answer::Answer;
 use super::guard::Voucher;
+use super::reply::Reply;
 
-type Later = Pin<Box<dyn Future<Output = Answer> + Send>>;
+type Later = Pin<Box<dyn Future<Output = Reply> + Send>>;
 
 /// A request to the admin endpoint, as entries see it.
 pub struct Ask {
@@ -103,7 +103,7 @@ impl Table {
         patience: Duration,
         answer: impl Fn(Ask) -> F + Send + Sync + 'static,
     ) where
-        F: Future<Output = Answer> + Send + 'static,
+        F: Future<Output = Reply> + Send + 'static,
     {
         self.0.push(Entry { method, path, says, patience, answer: Box::new(move |ask| Box::pin(answer(ask))) });
     }
@@ -180,7 +180,7 @@ mod tests {
             (Method::GET, "/upstreams/{upstream}"),
             (Method::POST, "/upstreams/{upstream}"),
         ] {
-            table.add(method, path, "says it", Duration::ZERO, |_| std::future::ready(Answer::text("")));
+            table.add(method, path, "says it", Duration::ZERO, |_| std::future::ready(Reply::text("")));
         }
         table
     }

@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::Admin;
-use super::answer::{Answer, Pieces};
+use super::reply::{Pieces, Reply};
 use super::status::Shown;
 use super::table::Ask;
 use crate::recorder::{COUNT_MAX, Recorder, Recording, Wanted};
@@ -42,8 +42,8 @@ pub fn add(admin: Admin, recorder: Recorder, shown: &Shown) -> Admin {
     admin.post("/trace", says, move |ask: Ask| {
         let routes: Vec<String> = shown.load().routes.iter().map(|route| route.metrics.name().to_owned()).collect();
         ready(match order(ask.arguments(), &routes) {
-            Ok(order) => Answer::lines(lines(&recorder, order)),
-            Err(what) => Answer::error(StatusCode::BAD_REQUEST, &what),
+            Ok(order) => Reply::lines(lines(&recorder, order)),
+            Err(what) => Reply::error(StatusCode::BAD_REQUEST, &what),
         })
     })
 }

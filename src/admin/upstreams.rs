@@ -14,7 +14,7 @@ use http::StatusCode;
 use serde::{Deserialize, Serialize};
 
 use super::Admin;
-use super::answer::Answer;
+use super::reply::Reply;
 use super::status::{self, EndpointStatus, Shown};
 use super::table::Ask;
 use crate::upstream::availability::State;
@@ -89,12 +89,10 @@ pub fn add(admin: Admin, shown: &Shown) -> Admin {
     let [all, one, drain, enable, weight] = [(); 5].map(|()| shown.clone());
     admin
         .get("/upstreams", "every endpoint, as JSON: state, weight, load, latency", move |_| {
-            Answer::json(&Document {
-                upstreams: all.load().upstreams.iter().map(|upstream| detail(upstream)).collect(),
-            })
+            Reply::json(&Document { upstreams: all.load().upstreams.iter().map(|upstream| detail(upstream)).collect() })
         })
         .get("/upstreams/{upstream}", "the same of one upstream", move |ask| {
-            asked(&one.load().upstreams, ask).map_or_else(|unknown| unknown, |upstream| Answer::json(&detail(upstream)))
+            asked(&one.load().upstreams, ask).map_or_else(|unknown| unknown, |upstream| Reply::json(&detail(upstream)))
         })
         .post(
             "/upstreams/{upstream}/endpoints/{endpoint}/drain",
@@ -112,30 +110,30 @@ pub fn add(admin: Admin, shown: &Shown) -> Admin {
 }
 
 /// The upstream in the path.
-fn asked<'u>(upstreams: &'u [Arc<Upstream>], ask: &Ask) -> Result<&'u Arc<Upstream>, Answer> {
+fn asked<'u>(upstreams: &'u [Arc<Upstream>], ask: &Ask) -> Result<&'u Arc<Upstream>, Reply> {
     let name = ask.part("upstream");
     upstreams.iter().find(|upstream| *upstream.name == *name).ok_or_else(|| {
         let names: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
         let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        Answer::error(StatusCode::NOT_FOUND, &format!("no upstream is called `{name}`; there are: {known}"))
+        Reply::error(StatusCode::NOT_FOUND, &format!("no upstream is called `{name}`; there are: {known}"))
     })
 }
 
 /// Executes an operation and returns the state of the endpoints concerned.
-fn ordered(upstreams: &[Arc<Upstream>], ask: &Ask, order: impl Fn(&Ask) -> Result<Order, String>) -> Answer {
+fn ordered(upstreams: &[Arc<Upstream>], ask: &Ask, order: impl Fn(&Ask) -> Result<Order, String>) -> Reply {
     let upstream = match asked(upstreams, ask) {
         Ok(upstream) => upstream,
         Err(unknown) => return unknown,
     };
     let order = match order(ask) {
         Ok(order) => order,
-        Err(what) => return Answer::error(StatusCode::BAD_REQUEST, &what),
+        Err(what) => return Reply::error(StatusCode::BAD_REQUEST, &what),
     };
     let name = ask.part("endpoint");
     let meant = upstream.order(name, order);
     if meant.is_empty() {
         let what = format!("`{}` has no endpoint `{name}`; /upstreams/{0} lists them", upstream.name);
-        return Answer::error(StatusCode::NOT_FOUND, &what);
+        return Reply::error(StatusCode::NOT_FOUND, &what);
     }
     for endpoint in &meant {
         let (upstream, endpoint, address) = (&*upstream.name, &*endpoint.label, &endpoint.address);
@@ -149,7 +147,7 @@ fn ordered(upstreams: &[Arc<Upstream>], ask: &Ask, order: impl Fn(&Ask) -> Resul
         }
     }
     let now = Instant::now();
-    Answer::json(&meant.iter().map(|endpoint| described(endpoint, now)).collect::<Vec<_>>())
+    Reply::json(&meant.iter().map(|endpoint| described(endpoint, now)).collect::<Vec<_>>())
 }
 
 fn weighed(ask: &Ask) -> Result<Order, String> {

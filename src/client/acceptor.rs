@@ -20,10 +20,10 @@ use socket2::SockRef;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
-use super::Front;
-use super::connection::Listener;
+use super::DownstreamApp;
 use super::descriptors::Doorway;
 use super::driver::Driven;
+use super::listener::Listener;
 use super::socket::{Accepted, TcpEnds};
 use crate::net;
 use crate::scheduler::accept::AcceptLimiter;
@@ -114,7 +114,7 @@ impl Acceptor {
     }
 
     /// Accepts connections and passes them to `front` until the socket is closed or `stop` signals a shutdown.
-    pub async fn run<P>(self: Arc<Self>, front: Arc<Front<P>>, doorway: Arc<Doorway>, mut stop: ShutdownWatch)
+    pub async fn run<P>(self: Arc<Self>, front: Arc<DownstreamApp<P>>, doorway: Arc<Doorway>, mut stop: ShutdownWatch)
     where
         P: Driven + Send + Sync + 'static,
         P::CTX: Send + Sync + 'static,

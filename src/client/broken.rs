@@ -31,26 +31,26 @@ pub enum Leaving {
 
 /// A periodic check of a socket. It costs nothing before its first poll.
 #[derive(Default)]
-pub struct Look {
+pub struct CloseCheck {
     timer: Timer,
     due: Option<Instant>,
 }
 
-impl Look {
+impl CloseCheck {
     /// Ready with an error once the client has left: its connection was reset, or both directions have ended, or it has
     /// ended its sending side and `leaving` counts this.
     pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
         self.poll_or(cx, socket, leaving, || false)
     }
 
-    /// As [`Look::poll`], but the first look comes one interval after the first call. For waits that are mostly
+    /// As [`CloseCheck::poll`], but the first look comes one interval after the first call. For waits that are mostly
     /// shorter, and that something else ends if the client has left.
     pub fn poll_later(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
         self.due.get_or_insert_with(|| Instant::now() + INTERVAL);
         self.poll(cx, socket, leaving)
     }
 
-    /// As [`Look::poll`], and also ready once the additional check returns true, which runs with each look.
+    /// As [`CloseCheck::poll`], and also ready once the additional check returns true, which runs with each look.
     pub fn poll_or(
         &mut self,
         cx: &mut Context<'_>,
@@ -147,7 +147,7 @@ mod tests {
             assert!(Instant::now() < until, "the reset went unnoticed");
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        let mut look = Look::default();
+        let mut look = CloseCheck::default();
         let at_once = std::future::poll_fn(|cx| Poll::Ready(look.poll_later(cx, socket, Leaving::Broken))).await;
         assert!(at_once.is_pending());
         let seen = std::future::poll_fn(|cx| look.poll_later(cx, socket, Leaving::Broken));

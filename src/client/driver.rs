@@ -29,15 +29,15 @@ use pingora_proxy::{HttpProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use self::connection::Connection;
 use self::course::Course;
 use self::handover::HandedOver;
-use super::connection::Begin;
 use super::fields;
+use super::start::ExchangeStart;
 use crate::upstream::transport::connector::Endpoints;
 use crate::upstream::transport::dial::Dialer;
 
 /// The interface between the driver and a proxy, in addition to Pingora's hooks.
 pub trait Driven: ProxyHttp {
     /// Begins an exchange: the counterpart of `new_ctx`, with the facts about its start.
-    fn begin(&self, begin: Begin) -> Self::CTX;
+    fn begin(&self, begin: ExchangeStart) -> Self::CTX;
 
     /// The driver for an exchange that passed its request filters.
     fn course(exchange: &Self::CTX) -> Course;
@@ -114,7 +114,12 @@ where
     ///
     /// Steps that most exchanges do not take are boxed, here and below: the future of an exchange is as large as its
     /// largest step, and parts of it are copied to where they are polled.
-    pub async fn run(&self, begin: Begin, mut session: Box<Session>, shutdown: &ShutdownWatch) -> Option<Stream> {
+    pub async fn run(
+        &self,
+        begin: ExchangeStart,
+        mut session: Box<Session>,
+        shutdown: &ShutdownWatch,
+    ) -> Option<Stream> {
         if !session.as_downstream().is_custom() && !Box::pin(read_request(session.as_downstream_mut(), shutdown)).await
         {
             return None;

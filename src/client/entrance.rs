@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use pingora::protocols::Stream;
 
-use super::connection::{Connection, Counted, Listener};
+use super::connection::Connection;
 use super::hello::{self, Hello};
+use super::listener::{Counted, Listener};
 use super::names::Names;
 use super::proxy_protocol::{self, Expected};
 use super::relay::Relay;
@@ -134,7 +135,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     state.enter(ConnectionState::Handshake);
     let begun = Instant::now();
     let _seat = metrics.enter_phase(Phase::Handshake, begun);
-    raw.tell(connection.clone());
+    raw.set_owner(connection.clone());
     // Boxed, so that a waiting connection does not hold the memory of a handshake.
     let secured = Box::pin(secure(raw, listener.tls.as_deref(), &listener.relays.passthrough));
     let secured = within(patience, NoClient::ItsIo, secured).await;

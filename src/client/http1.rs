@@ -139,7 +139,7 @@ impl Session {
 
 /// Serialises the header of a response, to be sent with the next bytes. `written` is the header as received, for the
 /// spelling of names. A final header says whether another request may follow.
-pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, written: &[u8]) {
+pub fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, written: &[u8]) {
     let is_final = !answer.status.is_informational();
     // One pass costs less than three look-ups.
     let (mut is_told, mut requires_upgrade) = (false, false);
@@ -179,7 +179,7 @@ pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, wr
 }
 
 /// The error for a request body that could not be read.
-pub(super) fn unread(error: io::Error) -> Box<Error> {
+pub fn unread(error: io::Error) -> Box<Error> {
     let kind = match error.kind() {
         io::ErrorKind::UnexpectedEof => ErrorType::ConnectionClosed,
         _ => ErrorType::ReadError,
@@ -188,7 +188,7 @@ pub(super) fn unread(error: io::Error) -> Box<Error> {
 }
 
 /// The error for a client that closed its connection, regularly or not.
-pub(super) fn gone(gone: io::Result<()>) -> Box<Error> {
+pub fn gone(gone: io::Result<()>) -> Box<Error> {
     let error = gone.err().unwrap_or(io::ErrorKind::UnexpectedEof.into());
     Error::because(ErrorType::ConnectionClosed, "the client has gone", error).into_down()
 }
@@ -330,7 +330,7 @@ impl CustomSession for Session {
 
     no_connection!();
 
-    // The intake enforces the deadline for the request body, and the connection the one for writing.
+    // `body::request` enforces the deadline for the request body, and the connection the one for writing.
 
     fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
 

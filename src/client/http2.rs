@@ -2,10 +2,10 @@
 //!
 //! Pingora's HTTP/2 session hides the library's handles. It offers no way to send interim responses (RFC 9110 §15.2),
 //! to read the trailers of a request, or to reset a stream with a reason while a write owns the session. Connections
-//! are therefore accepted here: a [`Stream`] is the session for Pingora and `client::wire`, and [`Control`] gives
-//! access to the other operations. [`guard`] observes the frames, and [`conduct`] limits what a client may do.
+//! are therefore accepted here: a [`Stream`] is the session for Pingora and `body::response`, and [`Control`]
+//! gives access to the other operations. [`guard`] observes the frames, and [`conduct`](super::conduct) limits what a
+//! client may do.
 
-pub mod conduct;
 pub mod guard;
 pub mod websocket;
 
@@ -29,14 +29,14 @@ use pingora::protocols::{Digest, GetSocketDigest, UniqueID};
 use pingora::{Error, ErrorType, OrErr, Result};
 use tokio::sync::watch;
 
-use super::connection::Listener;
+use super::conduct::Offence;
 use super::kept::Kept;
+use super::listener::Listener;
 use super::remains;
 use super::stream::{ClientStream, WeakBypass};
 use crate::error::{Refusal, refusal};
 use crate::party::wait::NoClient;
 use crate::upstream::transport::http2::send_body;
-use conduct::Offence;
 use guard::{Guard, Watch};
 
 /// Fields of an HTTP/1 connection, which are forbidden in HTTP/2 (RFC 9113 §8.2.2).
@@ -458,7 +458,7 @@ impl CustomSession for Stream {
 
     no_connection!();
 
-    // The intake enforces the deadline for the request body. An unwanted body is not drained.
+    // `body::request` enforces the deadline for the request body. An unwanted body is not drained.
 
     fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
 

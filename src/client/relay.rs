@@ -8,6 +8,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,21 +22,20 @@ use pingora::protocols::l4::stream::Stream as Socket;
 use pingora::upstreams::peer::Peer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::broken::{Leaving, Look};
-use super::connection::Connection;
+use super::broken::{CloseCheck, Leaving};
 use super::cut::Cut;
 use super::tls::stream::Raw;
 use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
-use crate::metrics::RelayMetrics;
+use crate::metrics::{ListenerMetrics, RelayMetrics};
 use crate::net;
 use crate::party::limits::DELAY_MAX;
 use crate::party::standstill::Standstill;
-use crate::party::wait::{self, Eye, Wait};
+use crate::party::wait::{self, ClientWatch, Wait};
 use crate::upstream::transport::dial::EXHAUSTED;
-use crate::upstream::transport::greeting::Parties;
+use crate::upstream::transport::proxy_protocol::ClientAddresses;
 use crate::upstream::window::Window;
-use crate::upstream::{Choice, Ended, Endpoint, Engaged, Outcome, Upstream};
+use crate::upstream::{Choice, Ended, Endpoint, EndpointLease, Outcome, Upstream};
 
 /// Read size in bytes; the buffer is on the stack.
 const PIECE_BYTES: usize = 16 << 10;
@@ -50,6 +50,19 @@ pub struct Relay {
     pub idle: Duration,
     /// Its metrics.
     pub metrics: RelayMetrics,
+}
+
+/// The connection that is passed through.
+#[derive(Clone, Copy)]
+pub struct Passing<'c> {
+    /// The name of its listener.
+    pub listener: &'c str,
+    /// The metrics of its listener.
+    pub metrics: &'c ListenerMetrics,
+    /// The peer's address; `None` on a Unix socket.
+    pub peer: Option<SocketAddr>,
+    /// The local address; `None` on a Unix socket.
+    pub local: Option<SocketAddr>,
 }
 
 /// The outcome of a connection that was passed through.
@@ -71,7 +84,7 @@ pub struct Passed {
 /// An endpoint and its connection. The upstream receives the outcome exactly once.
 struct Attempt<'u> {
     upstream: &'u Upstream,
-    engaged: Engaged,
+    lease: EndpointLease,
     chosen: Instant,
     connect: Option<Duration>,
     outcome: Outcome,
@@ -83,7 +96,7 @@ impl Drop for Attempt<'_> {
         // Only the connect counts as the endpoint's time; the use of the connection does not.
         let own = self.connect.unwrap_or(now - self.chosen);
         let ended = Ended { outcome: self.outcome, connect: self.connect, wait: None, own };
-        self.upstream.ended(&mut self.engaged, &ended, now);
+        self.upstream.ended(&mut self.lease, &ended, now);
     }
 }
 
@@ -91,7 +104,7 @@ impl Drop for Attempt<'_> {
 struct Watched {
     socket: RawFd,
     leaving: Leaving,
-    look: Look,
+    look: CloseCheck,
 }
 
 impl Watched {
@@ -106,11 +119,11 @@ impl Watched {
             // The client has sent bytes, which may be all that it sends.
             Leaving::Broken
         };
-        Watched { socket: client.id(), leaving, look: Look::default() }
+        Watched { socket: client.id(), leaving, look: CloseCheck::default() }
     }
 }
 
-impl Eye for Watched {
+impl ClientWatch for Watched {
     type Left = ();
 
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -121,19 +134,19 @@ impl Eye for Watched {
 impl Relay {
     /// Passes a connection through until it ends or its time is over. `named`: the client uses TLS and has requested a
     /// server name.
-    pub async fn pass(&self, client: Raw, named: bool, connection: &Connection, cut: &Cut) -> Passed {
+    pub async fn pass(&self, client: Raw, named: bool, passing: Passing<'_>, cut: &Cut) -> Passed {
         let _open = self.metrics.enter();
         let mut passed =
             Passed { received: 0, sent: 0, endpoint: None, attempts: 0, refusal: None, began: Instant::now() };
         let mut watched = Watched::new(&client, named);
         let connected = tokio::select! {
-            connected = self.connect(connection, &mut watched, &mut passed) => connected,
+            connected = self.connect(passing, &mut watched, &mut passed) => connected,
             () = cut.told() => Err(&refusal::FINISH_SHUTDOWN),
         };
         let (mut attempt, endpoint) = match connected {
             Ok(connected) => connected,
             Err(refusal) => {
-                connection.listener.metrics.refusals.count(refusal);
+                passing.metrics.refusals.count(refusal);
                 passed.refusal = Some(refusal);
                 return passed;
             }
@@ -150,7 +163,7 @@ impl Relay {
         attempt.outcome = match ended {
             Ok(()) => Outcome::Answered(StatusCode::OK),
             Err(refusal) => {
-                connection.listener.metrics.refusals.count(refusal);
+                passing.metrics.refusals.count(refusal);
                 passed.refusal = Some(refusal);
                 // An endpoint that sent nothing counts as failed, unless its client kept it waiting.
                 let prompt = passed.began.elapsed() <= DELAY_MAX;
@@ -164,15 +177,15 @@ impl Relay {
     /// Connects to the chosen endpoint, or to another one if that fails.
     async fn connect(
         &self,
-        connection: &Connection,
+        passing: Passing<'_>,
         watched: &mut Watched,
         passed: &mut Passed,
     ) -> Result<(Attempt<'_>, Socket), &'static Refusal> {
         let upstream = &*self.upstream;
-        let client = connection.peer.map(|peer| peer.ip());
+        let client = passing.peer.map(|peer| peer.ip());
         let (target, headers) = (Uri::default(), HeaderMap::new());
         let asked = Asked {
-            facts: Facts { client, listener: &connection.listener.name, ..Facts::of("", "") },
+            facts: Facts { client, listener: passing.listener, ..Facts::of("", "") },
             method: &Method::CONNECT,
             target: &target,
             version: Version::HTTP_11,
@@ -180,22 +193,22 @@ impl Relay {
             response: None,
         };
         let hash = upstream.hash(&asked);
-        let parties = connection.peer.zip(connection.local).map(|(client, gateway)| Parties { client, gateway });
+        let addresses = passing.peer.zip(passing.local).map(|(client, gateway)| ClientAddresses { client, gateway });
         let mut tried: Vec<Arc<Endpoint>> = Vec::new();
         let mut last = &refusal::SELECT_NO_ENDPOINT;
         while tried.len() < ATTEMPTS_MAX {
-            let engaged = match self.choose(hash, &tried, watched).await? {
-                Some(engaged) => engaged,
+            let lease = match self.choose(hash, &tried, watched).await? {
+                Some(lease) => lease,
                 None => break,
             };
             passed.attempts += 1;
-            let endpoint = engaged.endpoint().clone();
+            let endpoint = lease.endpoint().clone();
             passed.endpoint = Some(endpoint.label.clone());
             tried.push(endpoint.clone());
             let chosen = Instant::now();
-            let mut attempt = Attempt { upstream, engaged, chosen, connect: None, outcome: Outcome::Cancelled };
+            let mut attempt = Attempt { upstream, lease, chosen, connect: None, outcome: Outcome::Cancelled };
             let wait = Wait::at_most(upstream.timeouts.connect, &mut *watched);
-            match wait.on(dial(&endpoint, parties)).await {
+            match wait.on(dial(&endpoint, addresses)).await {
                 wait::Ended::Done(Ok(socket)) => {
                     upstream.metrics.connects_new.inc();
                     attempt.connect = Some(chosen.elapsed());
@@ -220,14 +233,14 @@ impl Relay {
         hash: u64,
         tried: &[Arc<Endpoint>],
         watched: &mut Watched,
-    ) -> Result<Option<Engaged>, &'static Refusal> {
+    ) -> Result<Option<EndpointLease>, &'static Refusal> {
         let upstream = &*self.upstream;
         let reject = |refusal: &'static Refusal| {
             upstream.metrics.limits.reject(refusal);
             refusal
         };
         match upstream.select(hash, tried, Instant::now()) {
-            Choice::Engaged(engaged) => return Ok(Some(engaged)),
+            Choice::Leased(lease) => return Ok(Some(lease)),
             Choice::NoEndpoint => return Ok(None),
             Choice::Away(_) => return Err(reject(&refusal::SELECT_BREAKER_OPEN)),
             Choice::Full => {}
@@ -241,9 +254,9 @@ impl Relay {
                 wait::Ended::Late => return Err(reject(&refusal::QUEUE_TIMEOUT)),
             }
             match upstream.select_in_turn(None, hash, tried, Instant::now()) {
-                Choice::Engaged(engaged) => {
+                Choice::Leased(lease) => {
                     place.served();
-                    return Ok(Some(engaged));
+                    return Ok(Some(lease));
                 }
                 Choice::Full => {
                     place.missed();
@@ -257,8 +270,8 @@ impl Relay {
 }
 
 /// Connects to an endpoint. Names the client's connection if the upstream requires it.
-async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &'static Refusal> {
-    let peer = endpoint.peer_for(|| parties);
+async fn dial(endpoint: &Endpoint, addresses: Option<ClientAddresses>) -> Result<Socket, &'static Refusal> {
+    let peer = endpoint.peer_for(|| addresses);
     let connect: &Arc<dyn L4Connect + Send + Sync> = peer.options.custom_l4.as_ref().ok_or(&refusal::CONNECT_FAILED)?;
     let socket = connect.connect(peer.address()).await.map_err(|error| match error.etype() {
         pingora::ErrorType::ConnectRefused => &refusal::CONNECT_REFUSED,
@@ -273,7 +286,7 @@ async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &
 
 /// One direction.
 #[derive(Default)]
-struct Way {
+struct Flow {
     /// Bytes read and not yet accepted by the other side.
     held: BytesMut,
     /// Number of bytes accepted by the other side.
@@ -290,7 +303,7 @@ enum Fault {
     Write,
 }
 
-impl Way {
+impl Flow {
     /// Transfers available bytes. Ready when this side has ended and the other has accepted everything.
     fn poll<R, W>(
         &mut self,
@@ -362,8 +375,8 @@ impl Way {
 struct Passage<C, E> {
     client: C,
     endpoint: E,
-    up: Way,
-    down: Way,
+    up: Flow,
+    down: Flow,
     idle: Duration,
     /// The wait since a byte last passed.
     still: Standstill,
@@ -371,7 +384,7 @@ struct Passage<C, E> {
     socket: Option<RawFd>,
     /// The endpoint's socket.
     far: Option<RawFd>,
-    look: Look,
+    look: CloseCheck,
 }
 
 impl<C, E> Passage<C, E>
@@ -380,8 +393,8 @@ where
     E: AsyncRead + AsyncWrite + Unpin,
 {
     fn new(client: C, endpoint: E, idle: Duration) -> Self {
-        let (still, socket, far, look) = (Standstill::begin(None), None, None, Look::default());
-        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, still, socket, far, look }
+        let (still, socket, far, look) = (Standstill::begin(None), None, None, CloseCheck::default());
+        Passage { client, endpoint, up: Flow::default(), down: Flow::default(), idle, still, socket, far, look }
     }
 
     /// Watches the client's socket while the endpoint accepts no bytes, or the client has ended its side. Bytes that

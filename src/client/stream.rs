@@ -21,7 +21,7 @@ use pingora::protocols::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-use super::broken::{Leaving, Look, unread_before_end};
+use super::broken::{CloseCheck, Leaving, unread_before_end};
 use super::connection::Connection;
 use super::farewell::Farewell;
 use super::head::{self, Scanner};
@@ -32,7 +32,7 @@ use crate::net;
 use crate::party::What;
 use crate::party::standstill::Standstill;
 use crate::phase::Phase;
-use crate::upstream::transport::tunnel::Way;
+use crate::upstream::transport::tunnel::Direction;
 
 /// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -41,15 +41,15 @@ pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FIRST_LINE: &[u8] = b"PRI * HTTP/2.0\r\n";
 
 /// Read size while no session exists, in bytes. The buffer is on the stack, so that an idle connection owns none.
-const FIRST_READ_BYTES: usize = 4096;
+const IDLE_READ_BYTES: usize = 4096;
 
 /// Initial read size for a body, in bytes. The session's buffer has 64 KiB, but untouched pages of it use no memory. A
 /// slow upload arrives in small pieces anyway.
-const FIRST_GULP_BYTES: usize = 4096;
+const FIRST_READ_BYTES: usize = 4096;
 
 /// Minimum and maximum read size for a held body, in bytes. The buffer is freed if the read returns nothing.
-const GULP_BYTES_LEAST: usize = 16 << 10;
-const GULP_BYTES_MAX: usize = 128 << 10;
+const READ_BYTES_LEAST: usize = 16 << 10;
+const READ_BYTES_MAX: usize = 128 << 10;
 
 /// Small writes are gathered up to this size in bytes, so that header and body share one system call.
 const OUTBOX_BYTES: usize = 4096;
@@ -94,7 +94,8 @@ pub struct Bypass {
 pub struct WeakBypass(Weak<Mutex<Core>>);
 
 impl WeakBypass {
-    pub(super) fn bypass(&self) -> Option<Bypass> {
+    /// `None` once the connection is over.
+    pub fn bypass(&self) -> Option<Bypass> {
         self.0.upgrade().map(|core| Bypass { core })
     }
 }
@@ -134,7 +135,7 @@ struct Core {
     answered: bool,
     rest: Rest,
     /// Maximum read size for a body; it grows after each full read.
-    gulp: usize,
+    read_size: usize,
     /// The wait for a client that accepts no bytes.
     stalled: Option<Standstill>,
     /// Timer that runs from the end of writing to the close.
@@ -144,13 +145,20 @@ struct Core {
     /// The client has closed its sending side.
     half_closed: bool,
     /// Detects a reset where no read does.
-    look: Look,
+    look: CloseCheck,
     /// The client closed its sending side after a complete chunked body, part of which is unread.
     ends_whole: bool,
     /// The header of the current request permits another request.
     goes_on: bool,
     /// Whether the connection is kept after the current exchange. `None` until the response was sent.
     outcome: Option<bool>,
+    delivery: Delivery,
+}
+
+/// How the progress of a client is seen that accepts no bytes.
+struct Delivery {
+    /// The HTTP/2 connection whose stream carries this connection.
+    carrier: Option<WeakBypass>,
     /// Bytes that the socket had accepted at the last wait for the client.
     taken: u64,
 }
@@ -172,6 +180,11 @@ impl ClientStream {
 
     /// Takes over a socket from which these bytes were already read.
     pub fn begun(io: Stream, inbox: BytesMut, connection: Arc<Connection>) -> Self {
+        ClientStream::carried(io, inbox, connection, None)
+    }
+
+    /// As [`ClientStream::begun`], for a stream of an HTTP/2 connection, the `carrier`.
+    pub fn carried(io: Stream, inbox: BytesMut, connection: Arc<Connection>, carrier: Option<WeakBypass>) -> Self {
         connection.goes_over(io.id());
         let outbox = BytesMut::new();
         let core = Core {
@@ -181,21 +194,18 @@ impl ClientStream {
             outbox,
             answered: false,
             rest: Rest::Length(0),
-            gulp: usize::MAX,
+            read_size: usize::MAX,
             stalled: None,
             farewell: None,
             waste_left: u64::MAX,
             half_closed: false,
-            look: Look::default(),
+            look: CloseCheck::default(),
             ends_whole: false,
             goes_on: true,
             outcome: None,
-            taken: 0,
+            delivery: Delivery { carrier, taken: 0 },
         };
-        let connection = core.connection.clone();
-        let core = Arc::new(Mutex::new(core));
-        connection.is_gone_past_by(WeakBypass(Arc::downgrade(&core)));
-        ClientStream { core }
+        ClientStream { core: Arc::new(Mutex::new(core)) }
     }
 
     /// A weak reference to the path past the session.
@@ -224,7 +234,7 @@ impl ClientStream {
                 core.inbox = BytesMut::new();
             }
             core.outbox = BytesMut::new();
-            core.look = Look::default();
+            core.look = CloseCheck::default();
         }
         std::future::poll_fn(|cx| self.core().poll_begin(cx)).await
     }
@@ -280,7 +290,7 @@ impl ClientStream {
 }
 
 /// Copies a piece that fills less than half of its buffer: it may be kept for long.
-fn fitting(piece: BytesMut) -> Bytes {
+fn right_sized(piece: BytesMut) -> Bytes {
     if piece.len() < piece.capacity() / 2 { Bytes::copy_from_slice(&piece) } else { piece.freeze() }
 }
 
@@ -381,7 +391,7 @@ impl Core {
         let h2c = agreed.unwrap_or(self.connection.listener.protocols.h2c);
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
-                self.gulp = usize::MAX;
+                self.read_size = usize::MAX;
                 self.rest = Rest::Http2;
                 return Poll::Ready(Ok(Opening::Http2));
             }
@@ -438,7 +448,7 @@ impl Core {
             inbox.extend_from_slice(&self.inbox);
             self.inbox = inbox;
         })?;
-        (self.gulp, self.ends_whole) = (FIRST_GULP_BYTES, false);
+        (self.read_size, self.ends_whole) = (FIRST_READ_BYTES, false);
         self.rest = match request.head.body {
             Body::Length(length) => Rest::Length(length),
             Body::Chunked => Rest::Chunked(Chunks::default()),
@@ -454,7 +464,7 @@ impl Core {
 
     /// Reads available bytes into the inbox. `false`: the client closed the connection.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
-        let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
+        let mut space = [std::mem::MaybeUninit::<u8>::uninit(); IDLE_READ_BYTES];
         let mut read = ReadBuf::uninit(&mut space);
         ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
         self.inbox.extend_from_slice(read.filled());
@@ -503,7 +513,7 @@ impl Core {
 
     /// Passes up to `limit` bytes on, first from the inbox.
     fn poll_pass(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, limit: usize) -> Poll<io::Result<usize>> {
-        let limit = limit.min(out.remaining()).min(self.gulp);
+        let limit = limit.min(out.remaining()).min(self.read_size);
         if !self.inbox.is_empty() {
             let passed = limit.min(self.inbox.len());
             out.put_slice(&self.inbox[..passed]);
@@ -516,8 +526,8 @@ impl Core {
         // SAFETY: `part` is a view of the unfilled part of `out`; its first `passed` bytes were just filled.
         unsafe { out.assume_init(passed) };
         out.advance(passed);
-        if passed == self.gulp {
-            self.gulp = self.gulp.saturating_mul(2);
+        if passed == self.read_size {
+            self.read_size = self.read_size.saturating_mul(2);
         }
         Poll::Ready(Ok(passed))
     }
@@ -573,7 +583,7 @@ impl Core {
             self.inbox = if taken < piece.len() { piece.split_off(taken) } else { BytesMut::new() };
             piece.truncate(body);
             if !piece.is_empty() {
-                return Poll::Ready(Ok(Some(fitting(piece))));
+                return Poll::Ready(Ok(Some(right_sized(piece))));
             }
         }
         Poll::Ready(Ok(None))
@@ -586,7 +596,7 @@ impl Core {
             Rest::Length(left) => usize::try_from(left).unwrap_or(usize::MAX),
             _ => usize::MAX,
         };
-        let room = self.gulp.clamp(GULP_BYTES_LEAST, GULP_BYTES_MAX).min(left);
+        let room = self.read_size.clamp(READ_BYTES_LEAST, READ_BYTES_MAX).min(left);
         let mut buffer = BytesMut::with_capacity(room);
         let mut read = ReadBuf::uninit(&mut buffer.spare_capacity_mut()[..room]);
         // The buffer is freed if there is nothing to read: an exchange that waits for its client holds none.
@@ -595,7 +605,7 @@ impl Core {
         // SAFETY: the first `filled` bytes of the spare capacity were just filled.
         unsafe { buffer.set_len(filled) };
         if filled == room {
-            self.gulp = (2 * room).min(GULP_BYTES_MAX);
+            self.read_size = (2 * room).min(READ_BYTES_MAX);
         }
         Poll::Ready(Ok(buffer))
     }
@@ -623,7 +633,7 @@ impl Core {
             return Poll::Ready(Err(error));
         }
         let taken = self.connection.taken();
-        if taken != std::mem::replace(&mut self.taken, taken) {
+        if taken != std::mem::replace(&mut self.delivery.taken, taken) {
             self.stalled = None;
         }
         let patience = self.connection.write_idle();
@@ -652,8 +662,8 @@ impl Core {
     /// The same for a client that accepts no bytes. A stream has no socket of its own: its client makes progress if
     /// the socket that carries it accepts no bytes either, but the client's host acknowledges some. `None`: unknown.
     fn seen_delivered(&self) -> Option<u64> {
-        match self.connection.carrier() {
-            Some(carrier) => carrier.delivered_while_stalled(),
+        match &self.delivery.carrier {
+            Some(carrier) => carrier.bypass()?.delivered_while_stalled(),
             None => Some(self.delivered()),
         }
     }
@@ -811,7 +821,7 @@ impl Core {
 
     /// Reads bytes and discards them. `false`: the client has closed, or the limit of discarded bytes is reached.
     fn poll_waste(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
-        let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
+        let mut space = [std::mem::MaybeUninit::<u8>::uninit(); IDLE_READ_BYTES];
         let mut waste = ReadBuf::uninit(&mut space);
         let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut waste));
         self.waste_left = self.waste_left.saturating_sub(waste.filled().len() as u64);
@@ -863,25 +873,27 @@ impl Core {
         let connection = self.connection.clone();
         let Some(tunnel) = connection.tunnel() else { return self.poll_pass(cx, out, usize::MAX).map_ok(drop) };
         // If the client does not accept the end, it has left, and the read detects this.
-        if tunnel.is_to_tell(Way::Down) && self.outbox.is_empty() && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
+        if tunnel.is_to_tell(Direction::Down)
+            && self.outbox.is_empty()
+            && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
         {
-            tunnel.told(Way::Down);
+            tunnel.told(Direction::Down);
             // The endpoint's side may be waiting for this.
             cx.waker().wake_by_ref();
         }
-        if !tunnel.has_ended(Way::Up) {
+        if !tunnel.has_ended(Direction::Up) {
             let passed = ready!(self.poll_pass(cx, out, usize::MAX))?;
-            tunnel.read(Way::Up, passed);
+            tunnel.read(Direction::Up, passed);
             if passed > 0 || out.remaining() == 0 || connection.half_close_aborts() {
                 return Poll::Ready(Ok(()));
             }
-            tunnel.end(Way::Up);
+            tunnel.end(Direction::Up);
             cx.waker().wake_by_ref();
         }
         if tunnel.is_over() {
             return Poll::Ready(Ok(()));
         }
-        if tunnel.is_told(Way::Down) {
+        if tunnel.is_told(Direction::Down) {
             // Both sides have ended. The endpoint's side detects this and ends the tunnel.
             return Poll::Pending;
         }

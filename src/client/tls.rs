@@ -191,14 +191,14 @@ impl Tls {
         let mut wrong = 0;
         for (index, source) in self.sources.iter().enumerate() {
             match current[index].look(source, &self.terms) {
-                Look::Same => current[index].refused = None,
-                Look::Refused => wrong += 1,
-                Look::Wrong(digest, errors) => {
+                FileCheck::Same => current[index].refused = None,
+                FileCheck::Refused => wrong += 1,
+                FileCheck::Wrong(digest, errors) => {
                     wrong += 1;
                     current[index].refused = Some(digest);
                     self.refuse(&errors);
                 }
-                Look::Taken(one) => taken.push((index, *one)),
+                FileCheck::Taken(one) => taken.push((index, *one)),
             }
         }
         if !taken.is_empty() {
@@ -331,7 +331,7 @@ impl CertificateFacts {
 }
 
 /// The result of a check of one certificate's files.
-enum Look {
+enum FileCheck {
     /// The contents in use.
     Same,
     /// Contents that were refused before.
@@ -348,7 +348,7 @@ impl Current {
         self.facts.as_ref().map(CertificateFacts::series)
     }
 
-    fn look(&self, source: &Source, terms: &Terms) -> Look {
+    fn look(&self, source: &Source, terms: &Terms) -> FileCheck {
         let unreadable = |errors: Vec<BuildError>| {
             let told = errors.iter().map(ToString::to_string).collect::<String>();
             let mut digest = [0xff; 32];
@@ -358,14 +358,14 @@ impl Current {
         let (digest, errors) = match Files::read(source) {
             Err(errors) => unreadable(errors),
             // The certificate in use stays if its file was removed.
-            Ok(files) if files.awaited => return Look::Same,
+            Ok(files) if files.awaited => return FileCheck::Same,
             Ok(files) => {
                 let digest = files.digest();
                 if digest == self.digest {
-                    return Look::Same;
+                    return FileCheck::Same;
                 }
                 if self.refused == Some(digest) {
-                    return Look::Refused;
+                    return FileCheck::Refused;
                 }
                 let taken = Loaded::parse(source, &files).and_then(|loaded| {
                     // A certificate that clients do not accept does not replace the previous one.
@@ -375,12 +375,12 @@ impl Current {
                     serve(source, Some(&loaded), &files, terms).map_err(|error| vec![error])
                 });
                 match taken {
-                    Ok(taken) => return Look::Taken(Box::new(taken)),
+                    Ok(taken) => return FileCheck::Taken(Box::new(taken)),
                     Err(errors) => (digest, errors),
                 }
             }
         };
-        if self.refused == Some(digest) { Look::Refused } else { Look::Wrong(digest, errors) }
+        if self.refused == Some(digest) { FileCheck::Refused } else { FileCheck::Wrong(digest, errors) }
     }
 }
 

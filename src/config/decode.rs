@@ -11,9 +11,9 @@ use serde_yaml::{Mapping, Value};
 use super::explain::{Complaint, expected};
 use super::filter::{DecodeError, Decoded, FilterEntry, FilterKind, decode};
 use super::interpolate::{Variables, interpolate};
-use super::report::{Finding, Secret, Spot};
+use super::report::{Finding, FindingLocation, Secret};
 use super::{Config, Listener, Route, Upstream};
-use crate::error::path::{self, Step, Tree, join};
+use crate::error::path::{self, PathStep, Tree, join};
 
 /// Limit on reported errors per listener, upstream or route. Decoding restarts after each error, so without a limit
 /// ten thousand bad endpoints would take quadratic time.
@@ -60,10 +60,10 @@ impl Broken {
     }
 
     /// The written path of what `steps` lead to from `at`.
-    fn path(&self, at: &str, steps: &[Step<'_>]) -> String {
+    fn path(&self, at: &str, steps: &[PathStep<'_>]) -> String {
         steps.iter().fold(at.to_owned(), |path, step| match step {
-            Step::Key(name) => join(&path, &path::key(name)),
-            Step::Index(index) => self.item(&path, *index),
+            PathStep::Key(name) => join(&path, &path::key(name)),
+            PathStep::Index(index) => self.item(&path, *index),
         })
     }
 }
@@ -147,13 +147,14 @@ impl<'k> Decoding<'k> {
                 let tag = tagged.tag.to_string();
                 let title = format!("the YAML tag `{tag}` means nothing here");
                 let label = format!("write a key and its value instead: `{}: …`", tag.trim_start_matches('!'));
-                self.broken(path.clone(), Finding::error(Spot::Value(path), title).label(label));
+                self.broken(path.clone(), Finding::error(FindingLocation::Value(path), title).label(label));
                 *value = Value::Null;
             }
             Value::String(text) => match interpolate(text, variables) {
                 Ok(None) => {}
                 Err(problem) => {
-                    let finding = Finding::error(Spot::Value(path.clone()), problem.title).label(problem.label);
+                    let finding =
+                        Finding::error(FindingLocation::Value(path.clone()), problem.title).label(problem.label);
                     self.broken(path, finding);
                 }
                 Ok(Some(done)) => {
@@ -261,7 +262,7 @@ impl<'k> Decoding<'k> {
                 }
                 self.mismatch(at.clone(), &other, "a string");
                 if other.is_null() && !self.broken.at(&at) {
-                    let finding = Finding::error(Spot::Key(at.clone()), "a condition is missing");
+                    let finding = Finding::error(FindingLocation::Key(at.clone()), "a condition is missing");
                     self.broken(at, finding.label("expected an expression such as `request.method == \"GET\"`"));
                 }
                 None
@@ -273,8 +274,8 @@ impl<'k> Decoding<'k> {
     /// Decodes the filter of an entry whose `when` was taken out.
     fn filter_under(&mut self, entry: Value, when: Option<String>, path: &str) -> Option<Decoded> {
         let known: Vec<&str> = self.kinds.iter().map(|kind| kind.key).collect();
-        let unknown = |spot: Spot, key: &str| {
-            Finding::error(spot, format!("unknown filter `{key}`"))
+        let unknown = |location: FindingLocation, key: &str| {
+            Finding::error(location, format!("unknown filter `{key}`"))
                 .label(expected(&known))
                 .nearest(key, known.iter().copied())
         };
@@ -285,17 +286,17 @@ impl<'k> Decoding<'k> {
                         let decoded = self.settings(kind, settings.clone(), &join(path, &path::key(key)))?;
                         return Some(Decoded { when, ..decoded });
                     }
-                    None => unknown(Spot::Key(join(path, &path::key(key))), key),
+                    None => unknown(FindingLocation::Key(join(path, &path::key(key))), key),
                 },
-                _ => Finding::error(Spot::Value(path.to_owned()), "the name of a filter must be text"),
+                _ => Finding::error(FindingLocation::Value(path.to_owned()), "the name of a filter must be text"),
             },
             Value::String(key) if known.contains(&key.as_str()) => {
-                Finding::error(Spot::Value(path.to_owned()), format!("the filter `{key}` has no settings"))
+                Finding::error(FindingLocation::Value(path.to_owned()), format!("the filter `{key}` has no settings"))
                     .label(format!("write `{key}: {{}}`"))
             }
-            Value::String(key) => unknown(Spot::Value(path.to_owned()), key),
+            Value::String(key) => unknown(FindingLocation::Value(path.to_owned()), key),
             Value::Null if self.broken.at(path) => return None,
-            _ => Finding::error(Spot::Value(path.to_owned()), "a filter must be a map of one key")
+            _ => Finding::error(FindingLocation::Value(path.to_owned()), "a filter must be a map of one key")
                 .label("expected the name of a filter and its settings")
                 .help("begin each filter with a `-` of its own and indent its settings below its name"),
         };
@@ -319,7 +320,7 @@ impl<'k> Decoding<'k> {
                 Ok(decoded) => return Some(decoded),
                 Err(error) => error,
             };
-            let steps: Vec<Step<'_>> = path::follow(&value, &error.path).map(|(step, _)| step).collect();
+            let steps: Vec<PathStep<'_>> = path::follow(&value, &error.path).map(|(step, _)| step).collect();
             let path = self.broken.path(at, &steps);
             if let Some(text) = self.texts.remove(&path) {
                 *walk(&mut value, &steps)? = Value::String(text);
@@ -329,14 +330,15 @@ impl<'k> Decoding<'k> {
             let found = walk(&mut value, &steps).cloned();
             self.note(&path, &message, found.as_ref());
             remove(&mut value, &steps)?;
-            if let Some((Step::Index(index), list)) = steps.split_last() {
+            if let Some((PathStep::Index(index), list)) = steps.split_last() {
                 let list = self.broken.path(at, list);
                 let index = self.broken.written_index(&list, *index);
                 self.broken.gone.entry(list).or_default().insert(index);
             }
         }
         let title = format!("`{at}` may have more errors than are shown");
-        let finding = Finding::error(Spot::Key(at.to_owned()), title).label(format!("{ERRORS_MAX} of them are"));
+        let finding =
+            Finding::error(FindingLocation::Key(at.to_owned()), title).label(format!("{ERRORS_MAX} of them are"));
         self.broken(at.to_owned(), finding);
         None
     }
@@ -369,7 +371,7 @@ fn scalar(text: &str) -> Option<Value> {
 /// Serde lists the choices of an enum only when the value is a text: decodes again with a text.
 fn with_choices<T>(
     value: &mut Value,
-    steps: &[Step<'_>],
+    steps: &[PathStep<'_>],
     message: String,
     decode: impl Fn(&Value) -> Result<T, DecodeError>,
 ) -> String {
@@ -387,27 +389,27 @@ fn with_choices<T>(
 }
 
 impl Tree for Value {
-    fn child(&self, step: &Step<'_>) -> Option<&Self> {
+    fn child(&self, step: &PathStep<'_>) -> Option<&Self> {
         match step {
-            Step::Key(name) => self.get(&**name),
-            Step::Index(index) => self.get(*index),
+            PathStep::Key(name) => self.get(&**name),
+            PathStep::Index(index) => self.get(*index),
         }
     }
 }
 
-fn walk<'v>(value: &'v mut Value, steps: &[Step<'_>]) -> Option<&'v mut Value> {
+fn walk<'v>(value: &'v mut Value, steps: &[PathStep<'_>]) -> Option<&'v mut Value> {
     steps.iter().try_fold(value, |value, step| match step {
-        Step::Key(name) => value.get_mut(&**name),
-        Step::Index(index) => value.get_mut(*index),
+        PathStep::Key(name) => value.get_mut(&**name),
+        PathStep::Index(index) => value.get_mut(*index),
     })
 }
 
 /// Removes what `steps` lead to; `None` if nothing would be left.
-fn remove(value: &mut Value, steps: &[Step<'_>]) -> Option<()> {
+fn remove(value: &mut Value, steps: &[PathStep<'_>]) -> Option<()> {
     let (last, outer) = steps.split_last()?;
     match (last, walk(value, outer)?) {
-        (Step::Key(name), Value::Mapping(map)) => _ = map.remove(&**name)?,
-        (Step::Index(index), Value::Sequence(items)) => _ = items.remove(*index),
+        (PathStep::Key(name), Value::Mapping(map)) => _ = map.remove(&**name)?,
+        (PathStep::Index(index), Value::Sequence(items)) => _ = items.remove(*index),
         _ => return None,
     }
     Some(())

@@ -4,7 +4,7 @@
 
 use serde_yaml::Value;
 
-use super::report::{Finding, Spot};
+use super::report::{Finding, FindingLocation};
 use crate::error::nearest;
 use crate::error::path::{self, parent};
 
@@ -49,20 +49,23 @@ impl<'m> Complaint<'m> {
         match self {
             Complaint::UnknownKey { key, known } => unknown_key(path, key, known),
             Complaint::MissingKey(key) => {
-                Finding::error(Spot::Value(path.to_owned()), format!("missing key `{key}`{}", within(path)))
+                Finding::error(FindingLocation::Value(path.to_owned()), format!("missing key `{key}`{}", within(path)))
                     .label(format!("`{key}` is required here"))
             }
             // A choice that is written as a one-key map is itself part of the path.
             Complaint::UnknownChoice { choice, known } => match parent(path, choice) {
                 Some(_) => unknown_key(path, choice, known),
-                None => Finding::error(Spot::Value(path.to_owned()), format!("unknown value `{choice}` for `{path}`"))
-                    .label(expected(known))
-                    .nearest(choice, known.iter().copied()),
+                None => Finding::error(
+                    FindingLocation::Value(path.to_owned()),
+                    format!("unknown value `{choice}` for `{path}`"),
+                )
+                .label(expected(known))
+                .nearest(choice, known.iter().copied()),
             },
             Complaint::Mismatch { found, expected } => mismatch(path, value, found, expected),
             Complaint::Other(message) => {
                 let (title, label) = halves(message);
-                Finding::error(Spot::Value(path.to_owned()), title).label(label)
+                Finding::error(FindingLocation::Value(path.to_owned()), title).label(label)
             }
         }
     }
@@ -85,29 +88,29 @@ fn unknown_key(path: &str, key: &str, known: &[&str]) -> Finding {
         Some(_) => "no such key here".to_owned(),
         None => expected(known),
     };
-    Finding::error(Spot::Key(path.to_owned()), format!("unknown key `{key}`{}", within(map)))
+    Finding::error(FindingLocation::Key(path.to_owned()), format!("unknown key `{key}`{}", within(map)))
         .label(label)
         .nearest(key, known.iter().copied())
 }
 
 fn mismatch(path: &str, value: Option<&Value>, found: &str, expected: &str) -> Finding {
-    let spot = Spot::Value(path.to_owned());
+    let location = FindingLocation::Value(path.to_owned());
     let subject = if path.is_empty() { "the file".to_owned() } else { format!("`{path}`") };
     match (found, expected, value) {
         ("unit variant", _, Some(Value::String(choice))) => {
-            Finding::error(spot, format!("`{choice}` needs a value")).label(format!("write `{{ {choice}: … }}`"))
+            Finding::error(location, format!("`{choice}` needs a value")).label(format!("write `{{ {choice}: … }}`"))
         }
         (_, "unit variant", _) => {
-            Finding::error(spot, format!("{subject} takes no value here")).label("write the key alone, as text")
+            Finding::error(location, format!("{subject} takes no value here")).label("write the key alone, as text")
         }
-        (_, "map with a single key", _) => Finding::error(spot, format!("{subject} must be a map of one key"))
+        (_, "map with a single key", _) => Finding::error(location, format!("{subject} must be a map of one key"))
             .label("write exactly one of its choices"),
-        ("unit value", ..) => Finding::error(spot, format!("{subject} is empty"))
+        ("unit value", ..) => Finding::error(location, format!("{subject} is empty"))
             .label(format!("expected {}", kind(expected)))
             .help("give it a value, or leave the key out"),
         _ => {
             let expected = kind(expected);
-            Finding::error(spot, format!("{subject} must be {expected}, not {}", thing(found)))
+            Finding::error(location, format!("{subject} must be {expected}, not {}", thing(found)))
                 .label(format!("expected {expected}"))
         }
     }

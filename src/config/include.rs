@@ -18,8 +18,8 @@ use serde_yaml::{Mapping, Value};
 
 use super::file::{self, Unreadable};
 use super::interpolate::{Variables, interpolate, reason};
-use super::place::{Place, Places};
-use super::report::{Finding, Source, Spot};
+use super::place::{Place, SourceMap};
+use super::report::{Finding, FindingLocation, Source};
 use super::units::Size;
 use super::{FILE_MAX, syntax};
 use crate::error::path::{self, join};
@@ -113,7 +113,7 @@ impl Gathering<'_> {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         self.read.insert(identity.clone());
         let base = self.source.add(name, text);
-        let places = Places::behind(text, base, self.source.places.values);
+        let places = SourceMap::behind(text, base, self.source.places.values);
         let values = self.source.places.values + places.values;
         let mut map = match syntax::read(text, base, &places, base > 0) {
             Ok(map) => map,
@@ -129,20 +129,20 @@ impl Gathering<'_> {
         self.above.push(identity);
         for (pattern, at) in patterns {
             if let Err(Problem { title, label }) = self.follow(Path::new(name), &pattern, &at) {
-                self.findings.push(Finding::error(Spot::Bytes(at), title).label(label));
+                self.findings.push(Finding::error(FindingLocation::Bytes(at), title).label(label));
             }
         }
         self.above.pop();
     }
 
     /// The patterns in the value of `include`, and their positions.
-    fn patterns(&mut self, include: &Value, places: &Places) -> Vec<(String, Range<usize>)> {
+    fn patterns(&mut self, include: &Value, places: &SourceMap) -> Vec<(String, Range<usize>)> {
         let at = |path: &str| places.find(path).map_or(0..0, |found| found.value);
         let mut patterns = Vec::new();
         let mut one = |value: &Value, path: &str| match value {
             Value::String(text) if !text.is_empty() => patterns.push((text.clone(), at(path))),
             _ => {
-                let finding = Finding::error(Spot::Bytes(at(path)), format!("`{path}` names no file"));
+                let finding = Finding::error(FindingLocation::Bytes(at(path)), format!("`{path}` names no file"));
                 self.findings.push(finding.label("expected a text such as `conf.d/*.yaml`, or a list of such"));
             }
         };
@@ -168,7 +168,8 @@ impl Gathering<'_> {
             self.matches(&pattern)?
         };
         if found.is_empty() {
-            let finding = Finding::warning(Spot::Bytes(at.clone()), format!("no file is included by `{written}`"));
+            let finding =
+                Finding::warning(FindingLocation::Bytes(at.clone()), format!("no file is included by `{written}`"));
             self.findings.push(finding.label("nothing has such a name"));
         }
         for path in found {
@@ -216,7 +217,7 @@ impl Gathering<'_> {
                 let (text, finding) = syntax::no_text(base, &error);
                 self.source.add(&path.to_string_lossy(), &text);
                 self.findings.push(finding);
-                let at = Finding::error(Spot::Bytes(at.clone()), format!("`{shown}` cannot be included"));
+                let at = Finding::error(FindingLocation::Bytes(at.clone()), format!("`{shown}` cannot be included"));
                 self.findings.push(at.label("it is not UTF-8 text"));
             }
         }
@@ -314,8 +315,9 @@ fn merge(into: &mut Mapping, at: &mut Place, from: Mapping, there: &Place, path:
             // Every file may state the format version.
             (known, value) if inner == "version" && *known == value => {}
             _ => {
-                let again = Finding::error(Spot::Bytes(place.named()), format!("`{inner}` is set in two places"));
-                let again = again.label("again here").also(Spot::Bytes(known_place.named()), "first here");
+                let again =
+                    Finding::error(FindingLocation::Bytes(place.named()), format!("`{inner}` is set in two places"));
+                let again = again.label("again here").also(FindingLocation::Bytes(known_place.named()), "first here");
                 findings.push(
                     again.help("take one of them out: files that are included add to others and override nothing"),
                 );

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use serde_yaml::Value;
 
-use super::place::Places;
-use super::report::{Finding, Report, Source, Spot};
+use super::place::SourceMap;
+use super::report::{Finding, FindingLocation, Report, Source};
 use super::syntax;
 
 /// Columns per level.
@@ -26,10 +26,10 @@ const STEP: usize = 2;
 pub fn normal(name: &str, text: &str) -> Result<String, Report> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let report = |findings| Report::new(Arc::new(Source::of(name, text)), findings);
-    syntax::read(text, 0, &Places::of(text), true).map_err(report)?;
+    syntax::read(text, 0, &SourceMap::of(text), true).map_err(report)?;
     let unknown = |line: usize| {
         let at = text.split_inclusive('\n').take(line).map(str::len).sum();
-        let finding = Finding::error(Spot::Bytes(at..at + 1), "this file is left as it is");
+        let finding = Finding::error(FindingLocation::Bytes(at..at + 1), "this file is left as it is");
         report(vec![finding.label("from here on, it cannot be indented without a change of what it says")])
     };
     let normal = lay_out(text).map_err(unknown)?;

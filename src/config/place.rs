@@ -18,7 +18,7 @@ use std::sync::Arc;
 use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Span};
 use serde_yaml::Value;
 
-use crate::error::path::{self, Step, Tree};
+use crate::error::path::{self, PathStep, Tree};
 
 /// Limit on nested lists and maps, aliases expanded. `serde_yaml` has the same limit.
 const DEPTH_MAX: usize = 128;
@@ -27,7 +27,7 @@ const VALUES_LEAST: usize = 100_000;
 
 /// The positions of a file.
 #[derive(Default)]
-pub(super) struct Places {
+pub(super) struct SourceMap {
     root: Option<Place>,
     /// Keys that occur twice in their map.
     pub duplicates: Vec<Duplicate>,
@@ -134,14 +134,14 @@ pub(super) fn survey(text: &str) -> Result<(), Stop> {
     Ok(())
 }
 
-impl Places {
+impl SourceMap {
     /// Parses `text`, as far as possible.
-    pub fn of(text: &str) -> Places {
-        Places::behind(text, 0, 0)
+    pub fn of(text: &str) -> SourceMap {
+        SourceMap::behind(text, 0, 0)
     }
 
     /// The same for a text behind `base` other bytes, which have this number of values.
-    pub fn behind(text: &str, base: usize, values: usize) -> Places {
+    pub fn behind(text: &str, base: usize, values: usize) -> SourceMap {
         let mut reading = Reading::new(text, base);
         let mut bounds = Bounds::new(base + text.len(), values);
         for next in Parser::new_from_str(text) {
@@ -198,10 +198,10 @@ impl Places {
 }
 
 impl Tree for Place {
-    fn child(&self, step: &Step<'_>) -> Option<&Self> {
+    fn child(&self, step: &PathStep<'_>) -> Option<&Self> {
         match (&self.node.inside, step) {
-            (Inside::List(items), Step::Index(index)) => items.get(*index),
-            (Inside::Map { entries, .. }, Step::Key(name)) => entries.get(&**name),
+            (Inside::List(items), PathStep::Index(index)) => items.get(*index),
+            (Inside::Map { entries, .. }, PathStep::Key(name)) => entries.get(&**name),
             _ => None,
         }
     }
@@ -371,7 +371,7 @@ struct Reading<'t> {
     open: Vec<Open>,
     anchors: HashMap<usize, Arc<Node>>,
     documents: usize,
-    places: Places,
+    places: SourceMap,
 }
 
 struct Open {
@@ -389,7 +389,7 @@ impl<'t> Reading<'t> {
             open: Vec::new(),
             anchors: HashMap::new(),
             documents: 0,
-            places: Places::default(),
+            places: SourceMap::default(),
         }
     }
 
@@ -615,7 +615,7 @@ mod tests {
     use super::*;
 
     fn value<'t>(text: &'t str, path: &str) -> &'t str {
-        &text[Places::of(text).find(path).unwrap().value]
+        &text[SourceMap::of(text).find(path).unwrap().value]
     }
 
     #[test]
@@ -645,16 +645,16 @@ mod tests {
         assert_eq!(value(text, r#""a\"b""#), "5");
         assert_eq!(value(text, "\"two words\".\"ü.ä\""), "6");
         assert_eq!(value(text, "\"\""), "7");
-        assert!(!Places::of(text).find("a.b.c").unwrap().whole, "`a.b` has no `c`; another name begins like it");
+        assert!(!SourceMap::of(text).find("a.b.c").unwrap().whole, "`a.b` has no `c`; another name begins like it");
     }
 
     #[test]
     fn a_path_that_leads_nowhere_ends_at_the_last_known_place() {
         let text = "a:\n  b: 1\n";
-        let found = Places::of(text).find("a.x.y").unwrap();
+        let found = SourceMap::of(text).find("a.x.y").unwrap();
         assert_eq!(&text[found.value], "a");
         assert!(!found.whole);
-        assert!(Places::of(text).find("x.y").is_none());
+        assert!(SourceMap::of(text).find("x.y").is_none());
     }
 
     #[test]
@@ -685,9 +685,10 @@ mod tests {
             ("a: one\n  two\n  three", "three", "three"),
             ("a: \"one\n  two \\\n  three\"", "three", "three"),
         ] {
-            let places = Places::of(text);
+            let places = SourceMap::of(text);
             let root = places.root.as_ref().expect("a map");
-            let Some(Inside::Scalar(scalar, _)) = root.child(&Step::Key("a".into())).map(|place| &place.node.inside)
+            let Some(Inside::Scalar(scalar, _)) =
+                root.child(&PathStep::Key("a".into())).map(|place| &place.node.inside)
             else {
                 panic!("{text} has no scalar")
             };
@@ -696,15 +697,15 @@ mod tests {
             assert_eq!(found.map(|found| &text[found]), Some(expected), "{text}");
         }
         let text = "a: 'x ${Y} z'";
-        assert_eq!(Places::of(text).inside(text, "a", &(0..1)), None);
+        assert_eq!(SourceMap::of(text).inside(text, "a", &(0..1)), None);
         let text = "a: 'x'";
-        assert_eq!(Places::of(text).inside(text, "a", &(1..1)).map(|found| found.start), Some(5));
+        assert_eq!(SourceMap::of(text).inside(text, "a", &(1..1)).map(|found| found.start), Some(5));
     }
 
     #[test]
     fn every_duplicate_is_found() {
         let text = "a: 1\nb: {c: 1, c: 2}\na: 3\n";
-        let found: Vec<_> = Places::of(text).duplicates.iter().map(|d| (d.key.clone(), d.again.start)).collect();
+        let found: Vec<_> = SourceMap::of(text).duplicates.iter().map(|d| (d.key.clone(), d.again.start)).collect();
         assert_eq!(found, [("c".to_owned(), 15), ("a".to_owned(), 21)]);
     }
 
@@ -716,7 +717,7 @@ mod tests {
 
     /// Why both readers stopped.
     fn stopped(text: &str) -> Option<Why> {
-        let stop = Places::of(text).stop;
+        let stop = SourceMap::of(text).stop;
         assert_eq!(survey(text).err(), stop);
         stop.map(|stop| stop.why)
     }
@@ -762,7 +763,7 @@ mod tests {
 
     #[test]
     fn what_is_no_yaml_stops_where_it_is_none() {
-        let Some(Stop { at, why: Why::Syntax(_) }) = Places::of("ä: 1\nb: \"x").stop else { panic!("no stop") };
+        let Some(Stop { at, why: Why::Syntax(_) }) = SourceMap::of("ä: 1\nb: \"x").stop else { panic!("no stop") };
         assert!(at.start >= 3, "{at:?}");
     }
 }

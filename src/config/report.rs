@@ -1,7 +1,7 @@
 //! Reports errors of a configuration file in the style of rustc: position, line, caret, advice.
 //!
 //! The stages of the pipeline create findings, each with a path. A [`Report`] looks up the paths in the file's
-//! [`Places`], removes secrets from the texts, and draws.
+//! [`SourceMap`], removes secrets from the texts, and draws.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
-use super::place::Places;
+use super::place::SourceMap;
 use crate::error::{Inside, nearest, path};
 
 /// Texts of findings are cut after this many characters, since values in them may have any length.
@@ -31,7 +31,7 @@ pub(super) struct Source {
     /// The line ends in `text`. Searching for them at each lookup would take quadratic time.
     line_ends: Vec<usize>,
     /// The positions of all values in `text`.
-    pub places: Places,
+    pub places: SourceMap,
     /// The values that were inserted from outside.
     pub secrets: Vec<Secret>,
     /// The directories that were searched for files.
@@ -60,7 +60,7 @@ pub(super) struct Secret {
 
 /// What a finding points at.
 #[derive(Clone, Debug)]
-pub(super) enum Spot {
+pub(super) enum FindingLocation {
     /// The value at this path.
     Value(String),
     /// The key at this path.
@@ -73,11 +73,11 @@ pub(super) enum Spot {
     File,
 }
 
-impl Spot {
+impl FindingLocation {
     fn path(&self) -> Option<&str> {
         match self {
-            Spot::Value(path) | Spot::Key(path) | Spot::Inside(path, _) => Some(path),
-            Spot::Bytes(_) | Spot::File => None,
+            FindingLocation::Value(path) | FindingLocation::Key(path) | FindingLocation::Inside(path, _) => Some(path),
+            FindingLocation::Bytes(_) | FindingLocation::File => None,
         }
     }
 }
@@ -85,25 +85,25 @@ impl Spot {
 /// One error or warning.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
-    spot: Spot,
+    location: FindingLocation,
     title: String,
     label: String,
-    also: Option<(Spot, String)>,
+    also: Option<(FindingLocation, String)>,
     help: Option<String>,
     warning: bool,
     foreign: bool,
 }
 
 impl Finding {
-    /// An error at `spot`; the title states the problem in a sentence.
-    pub fn error(spot: Spot, title: impl Into<String>) -> Self {
+    /// An error at `location`; the title states the problem in a sentence.
+    pub fn error(location: FindingLocation, title: impl Into<String>) -> Self {
         let title = title.into();
-        Finding { spot, title, label: String::new(), also: None, help: None, warning: false, foreign: false }
+        Finding { location, title, label: String::new(), also: None, help: None, warning: false, foreign: false }
     }
 
     /// A warning: valid, but probably a mistake.
-    pub fn warning(spot: Spot, title: impl Into<String>) -> Self {
-        Finding { warning: true, ..Finding::error(spot, title) }
+    pub fn warning(location: FindingLocation, title: impl Into<String>) -> Self {
+        Finding { warning: true, ..Finding::error(location, title) }
     }
 
     /// The text beside the caret: what was expected.
@@ -113,8 +113,8 @@ impl Finding {
     }
 
     /// A second, related place.
-    pub fn also(mut self, spot: Spot, label: impl Into<String>) -> Self {
-        self.also = Some((spot, label.into()));
+    pub fn also(mut self, location: FindingLocation, label: impl Into<String>) -> Self {
+        self.also = Some((location, label.into()));
         self
     }
 
@@ -140,9 +140,9 @@ impl Finding {
 
     /// Shifts the position of a finding from a text that has this number of bytes before it.
     pub fn moved(mut self, by: usize) -> Self {
-        let also = self.also.as_mut().map(|(spot, _)| spot);
-        for spot in std::iter::once(&mut self.spot).chain(also) {
-            if let Spot::Bytes(range) = spot {
+        let also = self.also.as_mut().map(|(location, _)| location);
+        for location in std::iter::once(&mut self.location).chain(also) {
+            if let FindingLocation::Bytes(range) = location {
                 *range = range.start + by..range.end + by;
             }
         }
@@ -156,7 +156,7 @@ impl Finding {
 
     /// Its path, if it has one.
     pub fn path(&self) -> Option<&str> {
-        self.spot.path()
+        self.location.path()
     }
 }
 
@@ -198,7 +198,7 @@ impl Report {
     /// A report without a position: the file could not be read.
     pub(super) fn unreadable(file: &str, title: String, help: &str) -> Self {
         let source = Source::of(file, "");
-        Report::new(Arc::new(source), vec![Finding::error(Spot::File, title).help(help)])
+        Report::new(Arc::new(source), vec![Finding::error(FindingLocation::File, title).help(help)])
     }
 
     /// The directories that were searched for files, as far as the configuration could be read.
@@ -371,56 +371,56 @@ impl Source {
 
     /// Looks up the positions of a finding and removes secrets from its texts.
     fn place(&self, finding: Finding) -> Drawn {
-        let Finding { spot, mut title, label, also, mut help, warning, foreign } = finding;
+        let Finding { location, mut title, label, also, mut help, warning, foreign } = finding;
         let mut spots = Vec::new();
-        let mut secrets = self.secrets_at(&spot);
-        match self.range(&spot) {
+        let mut secrets = self.secrets_at(&location);
+        match self.range(&location) {
             Some(range) => spots.push((range, label)),
             // Without a caret, the label moves to the help.
             None => help = help.or(Some(label).filter(|label| !label.is_empty())),
         }
-        if let Some(path) = self.unwritten(&spot) {
+        if let Some(path) = self.unwritten(&location) {
             title = format!("`{path}`: {title}");
         }
-        if let Spot::Inside(path, inside) = &spot
+        if let FindingLocation::Inside(path, inside) = &location
             && self.places.inside(&self.text, path, &inside.bytes).is_none()
         {
             title.push_str(&inside.told());
         }
-        if let Some((spot, label)) = also {
-            secrets.extend(self.secrets_at(&spot));
-            spots.extend(self.range(&spot).map(|range| (range, label)));
+        if let Some((location, label)) = also {
+            secrets.extend(self.secrets_at(&location));
+            spots.extend(self.range(&location).map(|range| (range, label)));
         }
         let redact = |words: String| tidy(&redact(&words, &secrets, foreign));
         let spots = spots.into_iter().map(|(range, label)| (range, redact(label))).collect();
         Drawn { title: redact(title), help: help.map(redact), spots, warning }
     }
 
-    /// The secrets that texts about `spot` may contain.
-    fn secrets_at(&self, spot: &Spot) -> Vec<&Secret> {
-        let Some(path) = spot.path() else { return Vec::new() };
+    /// The secrets that texts about `location` may contain.
+    fn secrets_at(&self, location: &FindingLocation) -> Vec<&Secret> {
+        let Some(path) = location.path() else { return Vec::new() };
         self.secrets.iter().filter(|secret| secret.concerns(path)).collect()
     }
 
-    /// The path of a spot that is not in the file, such as a default; the text must then name the path.
-    fn unwritten<'s>(&self, spot: &'s Spot) -> Option<&'s str> {
-        spot.path().filter(|path| self.places.find(path).is_none_or(|found| !found.whole))
+    /// The path of a location that is not in the file, such as a default; the text must then name the path.
+    fn unwritten<'s>(&self, location: &'s FindingLocation) -> Option<&'s str> {
+        location.path().filter(|path| self.places.find(path).is_none_or(|found| !found.whole))
     }
 
-    /// The bytes to underline: at most the first line of a spot.
-    fn range(&self, spot: &Spot) -> Option<Range<usize>> {
-        let range = match spot {
-            Spot::Bytes(range) => range.clone(),
-            Spot::Value(path) => self.places.find(path)?.value,
-            Spot::Inside(path, inside) => {
+    /// The bytes to underline: at most the first line of a location.
+    fn range(&self, location: &FindingLocation) -> Option<Range<usize>> {
+        let range = match location {
+            FindingLocation::Bytes(range) => range.clone(),
+            FindingLocation::Value(path) => self.places.find(path)?.value,
+            FindingLocation::Inside(path, inside) => {
                 let found = self.places.inside(&self.text, path, &inside.bytes);
                 found.or_else(|| Some(self.places.find(path)?.value))?
             }
-            Spot::Key(path) => {
+            FindingLocation::Key(path) => {
                 let found = self.places.find(path)?;
                 found.key.filter(|_| found.whole).unwrap_or(found.value)
             }
-            Spot::File => return None,
+            FindingLocation::File => return None,
         };
         // A parser may report a position behind the last character in units of its own.
         let start = self.text.floor_char_boundary(range.start);
@@ -499,11 +499,11 @@ mod tests {
     use super::*;
 
     fn source(text: &str) -> Source {
-        Source { places: Places::of(text), ..Source::of("f.yaml", text) }
+        Source { places: SourceMap::of(text), ..Source::of("f.yaml", text) }
     }
 
-    fn value(path: &str) -> Spot {
-        Spot::Value(path.to_owned())
+    fn value(path: &str) -> FindingLocation {
+        FindingLocation::Value(path.to_owned())
     }
 
     #[test]
@@ -517,7 +517,7 @@ mod tests {
     #[test]
     fn what_is_shown_of_a_file_steers_no_terminal() {
         let text = "a: \u{1b}[31m\u{9b}31m\u{85}\u{202e}\u{7f} \nb: 1\n";
-        let report = Report::new(Arc::new(source(text)), vec![Finding::error(Spot::Bytes(3..7), "wrong")]);
+        let report = Report::new(Arc::new(source(text)), vec![Finding::error(FindingLocation::Bytes(3..7), "wrong")]);
         let said = report.to_string();
         assert!(said.contains("31m") && !said.chars().any(|c| c.is_control() && c != '\n'), "{said:?}");
         assert!(!said.contains('\u{202e}'), "{said:?}");

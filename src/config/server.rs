@@ -219,7 +219,7 @@ pub struct Resources {
     /// waits. Clients behind trusted proxies count by their own address.
     pub per_client: Percent,
     /// What happens as memory runs short; measures that are not listed are never taken.
-    pub on_pressure: Vec<Rung>,
+    pub on_pressure: Vec<PressureAction>,
     /// How long a request body may wait for memory before it gets 503, and how long a body of either direction may
     /// wait for the disk. A response waits for its client, which makes room.
     pub pause: Time,
@@ -235,7 +235,7 @@ impl Default for Resources {
             disk: Size::kib(8 * 1024 * 1024),
             responses: Percent(80.0),
             per_client: Percent(80.0),
-            on_pressure: vec![Rung::Spill, Rung::Pause, Rung::Shed],
+            on_pressure: vec![PressureAction::Spill, PressureAction::Pause, PressureAction::Shed],
             pause: Time::seconds(30),
             turn: Time::seconds(10),
         }
@@ -245,7 +245,7 @@ impl Default for Resources {
 /// What happens as memory for bodies runs short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Rung {
+pub enum PressureAction {
     /// Bodies are written to disk even if their route's memory limit is not reached.
     Spill,
     /// Reading pauses on the connection that fills the memory.

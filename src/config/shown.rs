@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::{Config, Report};
-use crate::error::path::{Step, is_within, steps};
+use crate::error::path::{PathStep, is_within, steps};
 
 /// The text shown instead of a secret.
 pub const REDACTED: &str = "<redacted>";
@@ -63,8 +63,8 @@ impl Config {
 
 fn find<'v>(value: &'v mut Value, path: &str) -> Option<&'v mut Value> {
     steps(path).try_fold(value, |at, step| match step {
-        Step::Key(name) => at.get_mut(&*name),
-        Step::Index(index) => at.get_mut(index),
+        PathStep::Key(name) => at.get_mut(&*name),
+        PathStep::Index(index) => at.get_mut(index),
     })
 }
 

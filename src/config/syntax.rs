@@ -6,22 +6,22 @@ use std::string::FromUtf8Error;
 use serde::de::IgnoredAny;
 use serde_yaml::{Mapping, Value};
 
-use super::place::{Places, Stop, Why};
-use super::report::{Finding, Spot};
+use super::place::{SourceMap, Stop, Why};
+use super::report::{Finding, FindingLocation};
 
 /// Invalid YAML is parsed a second time for a better error message, up to this many bytes and brackets: the time of
 /// that parser grows with the product of both.
 const REREAD_MAX: (usize, usize) = (1024 * 1024, 4096);
 
 /// Parses the text of a file to a map and resolves merge keys. The file begins at byte `base` of the joined text.
-pub(super) fn read(text: &str, base: usize, places: &Places, may_be_empty: bool) -> Result<Mapping, Vec<Finding>> {
+pub(super) fn read(text: &str, base: usize, places: &SourceMap, may_be_empty: bool) -> Result<Mapping, Vec<Finding>> {
     if let Some(stop) = &places.stop {
         return Err(vec![stopped(text, base, stop)]);
     }
     let value: Result<Value, _> = serde_yaml::from_str(text);
     if let Some(second) = &places.second_document {
         return Err(vec![
-            Finding::error(Spot::Bytes(second.clone()), "there is more than one YAML document in the file")
+            Finding::error(FindingLocation::Bytes(second.clone()), "there is more than one YAML document in the file")
                 .label("a second document begins here")
                 .help("a configuration is one document: remove this line, or what is above or below it"),
         ]);
@@ -33,15 +33,16 @@ pub(super) fn read(text: &str, base: usize, places: &Places, may_be_empty: bool)
     if !places.odd_keys.is_empty() {
         return Err(places.odd_keys.iter().map(|(at, found)| odd_key(text, base, at, found)).collect());
     }
-    let bad_merges: Vec<_> = places.bad_merges.iter().map(|range| bad_merge(Spot::Bytes(range.clone()))).collect();
+    let bad_merges: Vec<_> =
+        places.bad_merges.iter().map(|range| bad_merge(FindingLocation::Bytes(range.clone()))).collect();
     if !bad_merges.is_empty() {
         return Err(bad_merges);
     }
-    value.apply_merge().map_err(|_| vec![bad_merge(Spot::File)])?;
+    value.apply_merge().map_err(|_| vec![bad_merge(FindingLocation::File)])?;
     match value {
         Value::Mapping(map) => Ok(map),
         Value::Null if may_be_empty => Ok(Mapping::new()),
-        Value::Null => Err(vec![Finding::error(Spot::File, "the file is empty").help(SMALLEST)]),
+        Value::Null => Err(vec![Finding::error(FindingLocation::File, "the file is empty").help(SMALLEST)]),
         other => {
             let found = match other {
                 Value::Sequence(_) => "a list",
@@ -49,7 +50,7 @@ pub(super) fn read(text: &str, base: usize, places: &Places, may_be_empty: bool)
                 _ => "a lone value",
             };
             let title = format!("the file must be a map of keys such as `listeners:`, not {found}");
-            let at = places.find("").map_or(Spot::File, |found| Spot::Bytes(found.value));
+            let at = places.find("").map_or(FindingLocation::File, |found| FindingLocation::Bytes(found.value));
             Err(vec![Finding::error(at, title).label("expected a key").help(SMALLEST)])
         }
     }
@@ -60,7 +61,7 @@ pub(super) fn no_text(base: usize, error: &FromUtf8Error) -> (String, Finding) {
     let at = error.utf8_error().valid_up_to();
     let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
     let mark = base + at..base + at + char::REPLACEMENT_CHARACTER.len_utf8();
-    let finding = Finding::error(Spot::Bytes(mark), "the file is not UTF-8 text")
+    let finding = Finding::error(FindingLocation::Bytes(mark), "the file is not UTF-8 text")
         .label(format!("the byte 0x{:02x} belongs to no character", error.as_bytes()[at]))
         .help("save the file in the encoding UTF-8");
     (text, finding)
@@ -68,14 +69,14 @@ pub(super) fn no_text(base: usize, error: &FromUtf8Error) -> (String, Finding) {
 
 const SMALLEST: &str = "a configuration has at least `listeners:` and `routes:`, and usually `upstreams:`";
 
-fn duplicates(places: &Places) -> Vec<Finding> {
+fn duplicates(places: &SourceMap) -> Vec<Finding> {
     let duplicates = places.duplicates.iter();
     duplicates
         .map(|duplicate| {
-            let again = Spot::Bytes(duplicate.again.clone());
+            let again = FindingLocation::Bytes(duplicate.again.clone());
             Finding::error(again, format!("the key `{}` occurs twice in one map", duplicate.key))
                 .label("again here")
-                .also(Spot::Bytes(duplicate.first.clone()), "first here")
+                .also(FindingLocation::Bytes(duplicate.first.clone()), "first here")
                 .help("remove one of them, or merge them")
         })
         .collect()
@@ -83,7 +84,8 @@ fn duplicates(places: &Places) -> Vec<Finding> {
 
 fn odd_key(text: &str, base: usize, at: &Range<usize>, found: &str) -> Finding {
     let key = &text[at.start - base..at.end - base];
-    let finding = Finding::error(Spot::Bytes(at.clone()), format!("a key must be text, and this one is {found}"));
+    let finding =
+        Finding::error(FindingLocation::Bytes(at.clone()), format!("a key must be text, and this one is {found}"));
     match found {
         "a list" | "a map" => finding.label("write a name, a colon, and then the value"),
         "empty" => finding.label("write a name before the colon"),
@@ -91,13 +93,13 @@ fn odd_key(text: &str, base: usize, at: &Range<usize>, found: &str) -> Finding {
     }
 }
 
-fn bad_merge(spot: Spot) -> Finding {
-    Finding::error(spot, "`<<` can merge maps only").label("expected an alias of a map, such as `*defaults`")
+fn bad_merge(location: FindingLocation) -> Finding {
+    Finding::error(location, "`<<` can merge maps only").label("expected an alias of a map, such as `*defaults`")
 }
 
 /// The error for a text that could not be parsed. Both parsers must accept it; libyaml's messages are better known.
 fn stopped(text: &str, base: usize, stop: &Stop) -> Finding {
-    let finding = Finding::error(Spot::Bytes(stop.at.clone()), stop.title());
+    let finding = Finding::error(FindingLocation::Bytes(stop.at.clone()), stop.title());
     let brackets = || text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
     match &stop.why {
         Why::Depth => finding.label("this goes too deep").help("is this a configuration?"),
@@ -116,39 +118,45 @@ fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
     let message = error.to_string();
     let (problem, context) = message.split_once(", while ").unwrap_or((&message, ""));
     if let Some((at, character)) = control(text).filter(|_| problem.starts_with("control characters")) {
-        return Finding::error(Spot::Bytes(at..at + character.len_utf8()), "invalid YAML: a control character")
-            .label(format!("this is U+{:04X}", u32::from(character)));
+        return Finding::error(
+            FindingLocation::Bytes(at..at + character.len_utf8()),
+            "invalid YAML: a control character",
+        )
+        .label(format!("this is U+{:04X}", u32::from(character)));
     }
     if let Some(number) = too_large(problem)
         && let Some(at) = place(text, error).filter(|at| text[*at..].starts_with(number))
     {
-        return Finding::error(Spot::Bytes(at..at + number.len()), format!("the number `{number}` is too large"))
-            .label("write a smaller one; or put it in quotes, if it is text");
+        return Finding::error(
+            FindingLocation::Bytes(at..at + number.len()),
+            format!("the number `{number}` is too large"),
+        )
+        .label("write a smaller one; or put it in quotes, if it is text");
     }
     let (problem, _) = position(problem);
     let (context, context_at) = position(context);
     let context = plain(context);
     let Some(at) = place(text, error) else {
-        return Finding::error(Spot::File, format!("invalid YAML: {problem}"));
+        return Finding::error(FindingLocation::File, format!("invalid YAML: {problem}"));
     };
-    let spot = Spot::Bytes(at..at + text[at..].chars().next().map_or(0, char::len_utf8));
+    let location = FindingLocation::Bytes(at..at + text[at..].chars().next().map_or(0, char::len_utf8));
     if text[at..].starts_with('\t') {
-        return Finding::error(spot, "invalid YAML: a tab cannot indent").label("use spaces");
+        return Finding::error(location, "invalid YAML: a tab cannot indent").label("use spaces");
     }
     if text[..at].ends_with('$') && text[at..].starts_with('{') {
-        return Finding::error(spot, "invalid YAML: a `${…}` inside `{ }` or `[ ]` needs quotes")
+        return Finding::error(location, "invalid YAML: a `${…}` inside `{ }` or `[ ]` needs quotes")
             .label("put the whole value in quotes, such as `\"${PORT}\"`");
     }
     let context_at = context_at.map(|(line, column)| byte(text, line, column));
     // If the end is missing, the position of the beginning is more useful.
     if let (true, Some(begin)) = (at >= text.trim_end().len(), context_at) {
         let title = format!("invalid YAML: the file ends in the middle of {context}");
-        return Finding::error(Spot::Bytes(begin..begin + 1), title).label("this is never closed");
+        return Finding::error(FindingLocation::Bytes(begin..begin + 1), title).label("this is never closed");
     }
     let (problem, advice) = known(problem);
-    let finding = Finding::error(spot, format!("invalid YAML: {problem}")).label(advice);
+    let finding = Finding::error(location, format!("invalid YAML: {problem}")).label(advice);
     match context_at {
-        Some(begin) => finding.also(Spot::Bytes(begin..begin), format!("in {context} that begins here")),
+        Some(begin) => finding.also(FindingLocation::Bytes(begin..begin), format!("in {context} that begins here")),
         None => finding,
     }
 }

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 
 /// One step of a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step<'p> {
+pub enum PathStep<'p> {
     /// To the entry of this name.
     Key(Cow<'p, str>),
     /// To the item at this index.
@@ -18,7 +18,7 @@ pub enum Step<'p> {
 /// A tree that paths can be followed through.
 pub trait Tree {
     /// The target of one step.
-    fn child(&self, step: &Step<'_>) -> Option<&Self>;
+    fn child(&self, step: &PathStep<'_>) -> Option<&Self>;
 }
 
 /// Writes `name` as one step of a path: in quotes if it would be ambiguous without them.
@@ -60,26 +60,26 @@ pub fn is_within(path: &str, outer: &str) -> bool {
 }
 
 /// Splits off the first step of a path. Returns the step and the rest; `None` if the path is empty or malformed.
-fn split_first(path: &str) -> Option<(Step<'_>, &str)> {
+fn split_first(path: &str) -> Option<(PathStep<'_>, &str)> {
     if let Some(index) = path.strip_prefix('[') {
         let (index, rest) = index.split_once(']')?;
-        return Some((Step::Index(index.parse().ok()?), rest));
+        return Some((PathStep::Index(index.parse().ok()?), rest));
     }
     let path = path.strip_prefix('.').unwrap_or(path);
     if let Some(quoted) = path.strip_prefix('"') {
         return split_quoted(quoted);
     }
     let (name, rest) = path.split_at(path.find(['.', '[']).unwrap_or(path.len()));
-    (!name.is_empty()).then_some((Step::Key(name.into()), rest))
+    (!name.is_empty()).then_some((PathStep::Key(name.into()), rest))
 }
 
 /// Parses a quoted name up to its closing quote.
-fn split_quoted(text: &str) -> Option<(Step<'_>, &str)> {
+fn split_quoted(text: &str) -> Option<(PathStep<'_>, &str)> {
     let mut name = String::new();
     let mut chars = text.char_indices();
     while let Some((at, c)) = chars.next() {
         match c {
-            '"' => return Some((Step::Key(name.into()), &text[at + 1..])),
+            '"' => return Some((PathStep::Key(name.into()), &text[at + 1..])),
             '\\' => name.push(chars.next()?.1),
             _ => name.push(c),
         }
@@ -88,7 +88,7 @@ fn split_quoted(text: &str) -> Option<(Step<'_>, &str)> {
 }
 
 /// The steps of a path, up to its first malformed step.
-pub fn steps(path: &str) -> impl Iterator<Item = Step<'_>> {
+pub fn steps(path: &str) -> impl Iterator<Item = PathStep<'_>> {
     let mut rest = path;
     std::iter::from_fn(move || {
         let (step, after) = split_first(rest)?;
@@ -121,7 +121,7 @@ impl<'t, T> Follow<'t, '_, T> {
 }
 
 impl<'t, 'p, T: Tree> Iterator for Follow<'t, 'p, T> {
-    type Item = (Step<'p>, &'t T);
+    type Item = (PathStep<'p>, &'t T);
 
     fn next(&mut self) -> Option<Self::Item> {
         let (step, rest) = split_first(self.rest)?;
@@ -140,28 +140,28 @@ mod tests {
     struct Anything;
 
     impl Tree for Anything {
-        fn child(&self, _: &Step<'_>) -> Option<&Self> {
+        fn child(&self, _: &PathStep<'_>) -> Option<&Self> {
             Some(self)
         }
     }
 
-    fn steps(path: &str) -> Option<Vec<Step<'_>>> {
+    fn steps(path: &str) -> Option<Vec<PathStep<'_>>> {
         let mut follow = follow(&Anything, path);
         let steps = follow.by_ref().map(|(step, _)| step).collect();
         follow.is_whole().then_some(steps)
     }
 
-    fn name(name: &str) -> Step<'_> {
-        Step::Key(name.into())
+    fn name(name: &str) -> PathStep<'_> {
+        PathStep::Key(name.into())
     }
 
     #[test]
     fn a_path_has_one_meaning() {
         assert_eq!(steps(""), Some(vec![]));
-        assert_eq!(steps("a.b[3].c"), Some(vec![name("a"), name("b"), Step::Index(3), name("c")]));
-        assert_eq!(steps("[0][1]"), Some(vec![Step::Index(0), Step::Index(1)]));
+        assert_eq!(steps("a.b[3].c"), Some(vec![name("a"), name("b"), PathStep::Index(3), name("c")]));
+        assert_eq!(steps("[0][1]"), Some(vec![PathStep::Index(0), PathStep::Index(1)]));
         assert_eq!(steps(r#"a."b.c[0]".d"#), Some(vec![name("a"), name("b.c[0]"), name("d")]));
-        assert_eq!(steps(r#"ü."\"\\"[1]"#), Some(vec![name("ü"), name("\"\\"), Step::Index(1)]));
+        assert_eq!(steps(r#"ü."\"\\"[1]"#), Some(vec![name("ü"), name("\"\\"), PathStep::Index(1)]));
     }
 
     #[test]
@@ -202,7 +202,7 @@ mod tests {
             }
             let path = format!("{path}[{index}]");
             let mut expected: Vec<_> = names.iter().map(|text| name(text)).collect();
-            expected.push(Step::Index(index));
+            expected.push(PathStep::Index(index));
             prop_assert_eq!(steps(&path), Some(expected));
         }
 

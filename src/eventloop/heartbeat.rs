@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use futures::task::AtomicWaker;
 
 use super::cpu::CpuClock;
-use super::stall::{Look, News, Watch};
+use super::stall::{News, Sample, Watch};
 use super::worker::{Worker, here, nanos};
 use crate::metrics::LoopMetrics;
 use crate::party::pauses::{PAUSE_LEAST, Pauses};
@@ -103,18 +103,18 @@ impl Pulse {
         self.waker.wake();
     }
 
-    fn state(&self, now: Duration) -> Answer {
+    fn state(&self, now: Duration) -> ProbeState {
         let asked = self.asked.load(Ordering::Relaxed);
         if self.answered.load(Ordering::Acquire) != asked {
-            return Answer::Awaited(Duration::from_nanos(nanos(now).saturating_sub(asked)));
+            return ProbeState::Awaited(Duration::from_nanos(nanos(now).saturating_sub(asked)));
         }
         let lag = Duration::from_nanos(self.at.load(Ordering::Relaxed).saturating_sub(asked));
         let at = self.epoch + Duration::from_nanos(self.at.load(Ordering::Relaxed));
-        Answer::Came { lag, at, by: self.by.load(Ordering::Relaxed), first: asked == 0 }
+        ProbeState::Came { lag, at, by: self.by.load(Ordering::Relaxed), first: asked == 0 }
     }
 }
 
-enum Answer {
+enum ProbeState {
     /// No answer yet, for this time.
     Awaited(Duration),
     /// Answered after `lag`, at `at`, by the worker of this number. `first`: the first answer, with no probe before.
@@ -168,12 +168,12 @@ impl Pacemaker {
         let mut late = vec![Duration::ZERO; self.pulses.len()];
         for (place, pulse) in self.pulses.iter().enumerate() {
             match pulse.state(now) {
-                Answer::Awaited(time) => {
+                ProbeState::Awaited(time) => {
                     late[place] = time;
                     self.lags(place, time);
                     self.paused(place, instant - time, instant);
                 }
-                Answer::Came { lag, at, by, first } => {
+                ProbeState::Came { lag, at, by, first } => {
                     if !first {
                         self.metrics.lag[by.min(self.metrics.lag.len() - 1)].observe(lag.as_secs_f64());
                     }
@@ -189,8 +189,8 @@ impl Pacemaker {
                 }
             }
         }
-        for (place, look) in self.looks(&late, instant).into_iter().enumerate() {
-            if let Some(news) = self.watches[place].look(look, now) {
+        for (place, sample) in self.samples(&late, instant).into_iter().enumerate() {
+            if let Some(news) = self.watches[place].take(sample, now) {
                 self.tell(place, news);
             }
         }
@@ -233,19 +233,19 @@ impl Pacemaker {
     }
 
     /// The state of each worker; if they share tasks, also one state for all of them together.
-    fn looks(&self, late: &[Duration], now: Instant) -> Vec<Look> {
+    fn samples(&self, late: &[Duration], now: Instant) -> Vec<Sample> {
         let doing = self.workers.iter().map(|worker| worker.doing(now));
         if !self.shared {
-            return doing.zip(late).map(|(doing, &late)| Look { late, doing }).collect();
+            return doing.zip(late).map(|(doing, &late)| Sample { late, doing }).collect();
         }
         // No answer belongs to a single worker. An exchange that blocks a worker is visible in its record; if there
         // is none and still no answer, all workers are late together.
-        let each = doing.map(|doing| Look { late: doing.map_or(Duration::ZERO, |(_, time)| time), doing });
-        let mut looks: Vec<Look> = each.collect();
+        let each = doing.map(|doing| Sample { late: doing.map_or(Duration::ZERO, |(_, time)| time), doing });
+        let mut samples: Vec<Sample> = each.collect();
         let all = late.iter().copied().min().unwrap_or_default();
-        let explained = looks.iter().any(|look| look.late * 2 >= all);
-        looks.push(Look { late: if explained { Duration::ZERO } else { all }, doing: None });
-        looks
+        let explained = samples.iter().any(|sample| sample.late * 2 >= all);
+        samples.push(Sample { late: if explained { Duration::ZERO } else { all }, doing: None });
+        samples
     }
 
     fn tell(&self, place: usize, news: News) {
@@ -255,7 +255,7 @@ impl Pacemaker {
                 let spot = stall.place();
                 self.metrics.stalls(spot).inc();
                 let Some(untold) = stall.untold else { return };
-                let route = stall.word.route();
+                let route = stall.activity.route();
                 let route = route.as_deref().unwrap_or("-");
                 let (lasted, untold) = (stall.lasted, (untold > 0).then_some(untold));
                 let why = if stall.is_crowd() {

@@ -116,9 +116,9 @@ impl Runtime {
                 wait_seconds: Some(wait.as_secs_f64()),
                 busy_seconds: Some(busy.as_secs_f64()),
                 wakeups: Some(self.metrics.worker_park_count(place)),
-                doing: known.worker.doing(now).map(|(word, time)| Doing {
-                    place: word.spot().name(),
-                    route: word.route().map(|route| route.to_string()),
+                doing: known.worker.doing(now).map(|(activity, time)| Doing {
+                    place: activity.place().name(),
+                    route: activity.route().map(|route| route.to_string()),
                     seconds: time.as_secs_f64(),
                 }),
                 ..shared
@@ -273,7 +273,7 @@ impl Collector for LoopCollector {
 
 #[cfg(test)]
 mod tests {
-    use super::super::worker::{Spot, Word};
+    use super::super::worker::{Activity, PhaseOrFilter};
     use super::*;
     use crate::phase::Phase;
 
@@ -291,7 +291,7 @@ mod tests {
         let begin = Instant::now();
         let mut known = known(begin);
         assert_eq!(known.times(ms(25), begin + ms(100)), (ms(20), ms(80)));
-        let outer = known.worker.begin(Word::at(Spot::phase(Phase::Route)), begin + ms(120));
+        let outer = known.worker.begin(Activity::at(PhaseOrFilter::phase(Phase::Route)), begin + ms(120));
         assert_eq!(known.times(ms(25), begin + ms(420)), (ms(320), ms(100)));
         known.worker.end(outer);
         assert_eq!(known.times(ms(325), begin + ms(520)), (ms(320), ms(200)));

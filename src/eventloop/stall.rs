@@ -4,24 +4,24 @@
 
 use std::time::Duration;
 
-use super::worker::Word;
+use super::worker::Activity;
 use crate::metrics::LOOP;
 
 /// The state of one worker at one moment.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Look {
+pub struct Sample {
     /// How late it is; zero if it is not.
     pub late: Duration,
     /// The exchange that is being polled, and for how long.
-    pub doing: Option<(Word, Duration)>,
+    pub doing: Option<(Activity, Duration)>,
 }
 
-impl Look {
+impl Sample {
     /// The cause of the delay: the exchange that was polled for most of the time, if there is one.
-    fn blame(&self) -> Word {
+    fn blame(&self) -> Activity {
         match self.doing {
-            Some((word, polled)) if polled * 2 >= self.late => word,
-            _ => Word::default(),
+            Some((activity, polled)) if polled * 2 >= self.late => activity,
+            _ => Activity::default(),
         }
     }
 }
@@ -39,7 +39,7 @@ pub enum News {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stall {
     /// What was running when it was noticed; the default means no single exchange.
-    pub word: Word,
+    pub activity: Activity,
     /// Its duration so far.
     pub lasted: Duration,
     /// Number of earlier stalls of this worker that were not logged because of [`QUIET`]; `None`: this one is not
@@ -50,7 +50,7 @@ pub struct Stall {
 impl Stall {
     /// The value of the label `where`.
     pub fn place(&self) -> &'static str {
-        self.word.spot().name()
+        self.activity.place().name()
     }
 
     /// Whether no single exchange is the cause.
@@ -84,20 +84,23 @@ impl Watch {
     }
 
     /// Evaluates the state at the time `now`, measured from any fixed point.
-    pub fn look(&mut self, look: Look, now: Duration) -> Option<News> {
+    pub fn take(&mut self, sample: Sample, now: Duration) -> Option<News> {
         match &mut self.now {
-            None if look.late > self.threshold => {
-                let polled = look.doing.filter(|_| look.blame() != Word::default()).map_or(look.late, |(_, time)| time);
-                let stall = Stall { word: look.blame(), lasted: polled.max(look.late), untold: self.tell(now) };
+            None if sample.late > self.threshold => {
+                let polled = sample
+                    .doing
+                    .filter(|_| sample.blame() != Activity::default())
+                    .map_or(sample.late, |(_, time)| time);
+                let stall = Stall { activity: sample.blame(), lasted: polled.max(sample.late), untold: self.tell(now) };
                 self.now = Some(stall);
                 Some(News::Begins(stall))
             }
-            Some(stall) if look.late > stall.lasted => {
-                stall.lasted = look.late;
+            Some(stall) if sample.late > stall.lasted => {
+                stall.lasted = sample.late;
                 None
             }
             // A later probe is already due.
-            Some(stall) if look.late <= self.threshold => {
+            Some(stall) if sample.late <= self.threshold => {
                 let over = *stall;
                 self.now = None;
                 Some(News::Ends(over))
@@ -125,7 +128,7 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
-    use super::super::worker::Spot;
+    use super::super::worker::PhaseOrFilter;
     use super::*;
     use crate::phase::Phase;
 
@@ -133,32 +136,32 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    fn late(late: u64, polled: u64) -> Look {
-        Look { late: ms(late), doing: Some((Word::at(Spot::phase(Phase::Route)), ms(polled))) }
+    fn late(late: u64, polled: u64) -> Sample {
+        Sample { late: ms(late), doing: Some((Activity::at(PhaseOrFilter::phase(Phase::Route)), ms(polled))) }
     }
 
     #[test]
     fn a_stall_begins_beyond_the_threshold_and_ends_once() {
         let mut watch = Watch::new(ms(100));
-        assert_eq!(watch.look(late(100, 100), ms(100)), None);
-        let Some(News::Begins(stall)) = watch.look(late(110, 112), ms(110)) else { panic!("a stall") };
+        assert_eq!(watch.take(late(100, 100), ms(100)), None);
+        let Some(News::Begins(stall)) = watch.take(late(110, 112), ms(110)) else { panic!("a stall") };
         assert_eq!((stall.place(), stall.lasted, stall.untold), ("route", ms(112), Some(0)));
-        assert_eq!(watch.look(late(200, 202), ms(200)), None);
+        assert_eq!(watch.take(late(200, 202), ms(200)), None);
         assert!(watch.is_stalled());
         watch.came(ms(300));
-        let Some(News::Ends(stall)) = watch.look(Look::default(), ms(310)) else { panic!("its end") };
+        let Some(News::Ends(stall)) = watch.take(Sample::default(), ms(310)) else { panic!("its end") };
         assert_eq!((stall.place(), stall.lasted), ("route", ms(300)));
-        assert_eq!(watch.look(Look::default(), ms(320)), None);
+        assert_eq!(watch.take(Sample::default(), ms(320)), None);
     }
 
     #[test]
     fn what_has_run_for_little_of_the_time_is_not_to_blame() {
         let mut watch = Watch::new(ms(100));
-        let Some(News::Begins(stall)) = watch.look(late(150, 20), ms(0)) else { panic!("a stall") };
+        let Some(News::Begins(stall)) = watch.take(late(150, 20), ms(0)) else { panic!("a stall") };
         assert!(stall.is_crowd());
         assert_eq!((stall.place(), stall.lasted), ("loop", ms(150)));
-        let nothing = Look { late: ms(150), doing: None };
-        let Some(News::Begins(stall)) = Watch::new(ms(100)).look(nothing, ms(0)) else { panic!("a stall") };
+        let nothing = Sample { late: ms(150), doing: None };
+        let Some(News::Begins(stall)) = Watch::new(ms(100)).take(nothing, ms(0)) else { panic!("a stall") };
         assert!(stall.is_crowd());
     }
 
@@ -167,10 +170,10 @@ mod tests {
         let mut watch = Watch::new(ms(100));
         let mut told = Vec::new();
         for at in [0, 300, 600, 900, 1_200, 1_500] {
-            if let Some(News::Begins(stall)) = watch.look(late(150, 150), ms(at)) {
+            if let Some(News::Begins(stall)) = watch.take(late(150, 150), ms(at)) {
                 told.push(stall.untold);
             }
-            watch.look(Look::default(), ms(at + 10));
+            watch.take(Sample::default(), ms(at + 10));
         }
         assert_eq!(told, [Some(0), None, None, None, Some(3), None]);
     }

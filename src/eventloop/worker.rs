@@ -18,25 +18,25 @@ use crate::phase::journal::{self, Cycle};
 
 /// Where time is spent: a phase, or a filter in it. The set of names is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Spot(u16);
+pub struct PhaseOrFilter(u16);
 
 /// Filter keys and labels in order of first use. Their number is bounded by the configurations of this process.
 static FILTERS: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
-impl Spot {
+impl PhaseOrFilter {
     /// A phase.
-    pub const fn phase(phase: Phase) -> Spot {
-        Spot(phase as u16 + 1)
+    pub const fn phase(phase: Phase) -> PhaseOrFilter {
+        PhaseOrFilter(phase as u16 + 1)
     }
 
     /// A filter, by its YAML key or its own label. Call once, at build time: new labels are never freed.
-    pub fn filter(label: &str) -> Spot {
+    pub fn filter(label: &str) -> PhaseOrFilter {
         let mut filters = lock(&FILTERS);
         let place = filters.iter().position(|&known| known == label).unwrap_or_else(|| {
             filters.push(Box::leak(Box::from(label)));
             filters.len() - 1
         });
-        Spot(u16::try_from(Phase::COUNT + 1 + place).unwrap_or(0))
+        PhaseOrFilter(u16::try_from(Phase::COUNT + 1 + place).unwrap_or(0))
     }
 
     /// The name of the phase or the key of the filter.
@@ -50,7 +50,7 @@ impl Spot {
     }
 }
 
-/// Registers a route's name for use in a [`Word`], until this is dropped.
+/// Registers a route's name for use in an [`Activity`], until this is dropped.
 #[derive(Debug)]
 pub struct RouteTag(u32);
 
@@ -77,27 +77,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where an exchange is: its [`Spot`], and its route once one is chosen.
+/// Where an exchange is: its [`PhaseOrFilter`], and its route once one is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Word(u64);
+pub struct Activity(u64);
 
-impl Word {
+impl Activity {
     /// An exchange without a route yet.
-    pub const fn at(spot: Spot) -> Word {
-        Word(spot.0 as u64)
+    pub const fn at(place: PhaseOrFilter) -> Activity {
+        Activity(place.0 as u64)
     }
 
-    fn with_spot(self, spot: Spot) -> Word {
-        Word(self.0 & !0xffff | u64::from(spot.0))
+    fn with_place(self, place: PhaseOrFilter) -> Activity {
+        Activity(self.0 & !0xffff | u64::from(place.0))
     }
 
-    fn with_route(self, tag: &RouteTag) -> Word {
-        Word(self.0 & 0xffff | u64::from(tag.0) << 16)
+    fn with_route(self, tag: &RouteTag) -> Activity {
+        Activity(self.0 & 0xffff | u64::from(tag.0) << 16)
     }
 
     /// Where it is.
-    pub fn spot(self) -> Spot {
-        Spot(self.0 as u16)
+    pub fn place(self) -> PhaseOrFilter {
+        PhaseOrFilter(self.0 as u16)
     }
 
     /// The name of its route, if it has one that still exists.
@@ -115,7 +115,7 @@ pub struct Worker {
     /// Its number among those of its runtime.
     place: usize,
     epoch: Instant,
-    /// A [`Word`]; zero while no exchange is polled.
+    /// An [`Activity`]; zero while no exchange is polled.
     doing: AtomicU64,
     /// When the present poll began, in nanoseconds since the epoch.
     since: AtomicU64,
@@ -132,26 +132,26 @@ impl Worker {
         Worker { index, place, epoch, doing, since, lag, pauses }
     }
 
-    /// A poll begins. Returns the previous word, which is zero unless futures are nested.
-    pub fn begin(&self, word: Word, now: Instant) -> Word {
-        let outer = self.word();
+    /// A poll begins. Returns the previous activity, which is zero unless futures are nested.
+    pub fn begin(&self, activity: Activity, now: Instant) -> Activity {
+        let outer = self.activity();
         self.since.store(nanos(now.saturating_duration_since(self.epoch)), Ordering::Relaxed);
-        self.set(word);
+        self.set(activity);
         outer
     }
 
-    /// The poll ends. Returns the exchange's current word.
-    pub fn end(&self, outer: Word) -> Word {
-        let word = self.word();
+    /// The poll ends. Returns the exchange's current activity.
+    pub fn end(&self, outer: Activity) -> Activity {
+        let activity = self.activity();
         self.set(outer);
-        word
+        activity
     }
 
     /// What is being polled, and for how long; `None` if no exchange is.
-    pub fn doing(&self, now: Instant) -> Option<(Word, Duration)> {
-        let word = Word(self.doing.load(Ordering::Acquire));
+    pub fn doing(&self, now: Instant) -> Option<(Activity, Duration)> {
+        let activity = Activity(self.doing.load(Ordering::Acquire));
         let since = self.epoch + Duration::from_nanos(self.since.load(Ordering::Relaxed));
-        (word != Word::default()).then(|| (word, now.saturating_duration_since(since)))
+        (activity != Activity::default()).then(|| (activity, now.saturating_duration_since(since)))
     }
 
     /// Sets the total lag.
@@ -172,13 +172,13 @@ impl Worker {
         Duration::from_nanos(self.lag.load(Ordering::Relaxed)) + overdue
     }
 
-    fn word(&self) -> Word {
-        Word(self.doing.load(Ordering::Relaxed))
+    fn activity(&self) -> Activity {
+        Activity(self.doing.load(Ordering::Relaxed))
     }
 
-    /// Releases `since`, so that a reader of the word never combines it with an older time.
-    fn set(&self, word: Word) {
-        self.doing.store(word.0, Ordering::Release);
+    /// Releases `since`, so that a reader of the activity never combines it with an older time.
+    fn set(&self, activity: Activity) {
+        self.doing.store(activity.0, Ordering::Release);
     }
 }
 
@@ -191,7 +191,7 @@ thread_local! {
 }
 
 /// The workers of a runtime.
-struct Crew {
+struct RuntimeWorkers {
     runtime: Id,
     /// One worker, or one per thread of the runtime.
     workers: Vec<&'static Worker>,
@@ -199,11 +199,11 @@ struct Crew {
     joined: std::sync::atomic::AtomicUsize,
 }
 
-static CREWS: Mutex<Vec<Crew>> = Mutex::new(Vec::new());
+static RUNTIMES: Mutex<Vec<RuntimeWorkers>> = Mutex::new(Vec::new());
 
 /// Registers the workers of this runtime's threads.
-pub(super) fn enrol(runtime: Id, workers: Vec<&'static Worker>) {
-    lock(&CREWS).push(Crew {
+pub(super) fn register(runtime: Id, workers: Vec<&'static Worker>) {
+    lock(&RUNTIMES).push(RuntimeWorkers {
         runtime,
         workers,
         #[cfg(not(tokio_unstable))]
@@ -213,7 +213,8 @@ pub(super) fn enrol(runtime: Id, workers: Vec<&'static Worker>) {
 
 /// Unregisters workers, because another runtime may reuse their runtime's id.
 pub(super) fn dismiss(workers: &[&'static Worker]) {
-    lock(&CREWS).retain(|crew| !crew.workers.iter().any(|one| workers.iter().any(|other| std::ptr::eq(*one, *other))));
+    lock(&RUNTIMES)
+        .retain(|runtime| !runtime.workers.iter().any(|one| workers.iter().any(|other| std::ptr::eq(*one, *other))));
 }
 
 /// The worker of this thread. `None` on other threads.
@@ -226,13 +227,13 @@ pub fn here() -> Option<&'static Worker> {
 #[cold]
 fn join() -> Option<&'static Worker> {
     let handle = Handle::try_current().ok()?;
-    let crews = lock(&CREWS);
-    let crew = crews.iter().find(|crew| crew.runtime == handle.id())?;
+    let runtimes = lock(&RUNTIMES);
+    let runtime = runtimes.iter().find(|runtime| runtime.runtime == handle.id())?;
     let place = match handle.runtime_flavor() {
         RuntimeFlavor::CurrentThread => 0,
-        _ => thread_number(crew)?,
+        _ => thread_number(runtime)?,
     };
-    let worker = crew.workers.get(place).copied();
+    let worker = runtime.workers.get(place).copied();
     HERE.set(worker);
     if let Some(worker) = worker {
         worker.pauses.are_of_this_thread();
@@ -242,15 +243,15 @@ fn join() -> Option<&'static Worker> {
 
 /// Tokio's index of this thread, as in its metrics; `None` outside its workers.
 #[cfg(tokio_unstable)]
-fn thread_number(_: &Crew) -> Option<usize> {
+fn thread_number(_: &RuntimeWorkers) -> Option<usize> {
     tokio::runtime::worker_index()
 }
 
 /// Tokio does not expose its index, so threads are numbered in order of arrival; tokio's figures may then belong to
 /// another worker.
 #[cfg(not(tokio_unstable))]
-fn thread_number(crew: &Crew) -> Option<usize> {
-    Some(crew.joined.fetch_add(1, Ordering::Relaxed))
+fn thread_number(runtime: &RuntimeWorkers) -> Option<usize> {
+    Some(runtime.joined.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The total lag of this thread's loop by `now`: its own stalls, and the time for which the process was suspended. If
@@ -285,7 +286,7 @@ pub fn cycle_if_wanted() -> Option<Cycle> {
 #[inline]
 pub fn enter(phase: Phase) {
     if let Some(worker) = HERE.get() {
-        worker.set(worker.word().with_spot(Spot::phase(phase)));
+        worker.set(worker.activity().with_place(PhaseOrFilter::phase(phase)));
     }
 }
 
@@ -293,16 +294,16 @@ pub fn enter(phase: Phase) {
 #[inline]
 pub fn take_route(tag: &RouteTag) {
     if let Some(worker) = HERE.get() {
-        worker.set(worker.word().with_route(tag));
+        worker.set(worker.activity().with_route(tag));
     }
 }
 
-/// Runs `call` and attributes its time to `spot`.
+/// Runs `call` and attributes its time to `place`.
 #[inline]
-pub(super) fn at<T>(spot: Spot, call: impl FnOnce() -> T) -> T {
+pub(super) fn at<T>(place: PhaseOrFilter, call: impl FnOnce() -> T) -> T {
     let Some(worker) = HERE.get() else { return call() };
-    let outer = worker.word();
-    worker.set(outer.with_spot(spot));
+    let outer = worker.activity();
+    worker.set(outer.with_place(place));
     let done = call();
     worker.set(outer);
     done
@@ -315,17 +316,17 @@ mod tests {
     #[test]
     fn a_word_names_spot_and_route() {
         let (route, gone) = (RouteTag::new("shop"), RouteTag::new("old"));
-        let filter = Spot::filter("worker_test");
-        assert_eq!(Spot::filter("worker_test"), filter);
+        let filter = PhaseOrFilter::filter("worker_test");
+        assert_eq!(PhaseOrFilter::filter("worker_test"), filter);
 
-        let word = Word::at(Spot::phase(Phase::Header));
-        assert_eq!((word.spot().name(), word.route()), ("header", None));
-        let word = word.with_route(&route).with_spot(filter);
-        assert_eq!((word.spot().name(), word.route().as_deref()), ("worker_test", Some("shop")));
-        let word = word.with_route(&gone).with_spot(Spot::phase(Phase::Finish));
+        let activity = Activity::at(PhaseOrFilter::phase(Phase::Header));
+        assert_eq!((activity.place().name(), activity.route()), ("header", None));
+        let activity = activity.with_route(&route).with_place(filter);
+        assert_eq!((activity.place().name(), activity.route().as_deref()), ("worker_test", Some("shop")));
+        let activity = activity.with_route(&gone).with_place(PhaseOrFilter::phase(Phase::Finish));
         drop(gone);
-        assert_eq!((word.spot().name(), word.route()), ("finish", None));
-        assert_eq!(Word::default().spot().name(), LOOP);
+        assert_eq!((activity.place().name(), activity.route()), ("finish", None));
+        assert_eq!(Activity::default().place().name(), LOOP);
     }
 
     #[test]
@@ -334,10 +335,10 @@ mod tests {
         let worker = Worker::new(0, 0, begin);
         let ms = Duration::from_millis;
         assert_eq!(worker.doing(begin + ms(5)), None);
-        let word = Word::at(Spot::phase(Phase::Route));
-        let outer = worker.begin(word, begin + ms(10));
-        assert_eq!(worker.doing(begin + ms(15)), Some((word, ms(5))));
-        assert_eq!(worker.end(outer), word);
+        let activity = Activity::at(PhaseOrFilter::phase(Phase::Route));
+        let outer = worker.begin(activity, begin + ms(10));
+        assert_eq!(worker.doing(begin + ms(15)), Some((activity, ms(5))));
+        assert_eq!(worker.end(outer), activity);
         assert_eq!(worker.doing(begin + ms(20)), None);
     }
 
@@ -362,11 +363,11 @@ mod tests {
     fn the_spot_of_a_call_ends_with_it() {
         let worker: &'static Worker = Box::leak(Box::new(Worker::new(0, 0, Instant::now())));
         HERE.set(Some(worker));
-        let outer = worker.begin(Word::at(Spot::phase(Phase::Route)), Instant::now());
-        let inside = at(Spot::filter("worker_test"), || worker.word().spot().name());
-        assert_eq!((inside, worker.word().spot().name()), ("worker_test", "route"));
+        let outer = worker.begin(Activity::at(PhaseOrFilter::phase(Phase::Route)), Instant::now());
+        let inside = at(PhaseOrFilter::filter("worker_test"), || worker.activity().place().name());
+        assert_eq!((inside, worker.activity().place().name()), ("worker_test", "route"));
         enter(Phase::Select);
-        assert_eq!(worker.end(outer).spot().name(), "select");
+        assert_eq!(worker.end(outer).place().name(), "select");
         HERE.set(None);
     }
 }

@@ -11,7 +11,7 @@ use super::access::Access;
 use super::api_key::ApiKey;
 use super::basic_auth::BasicAuth;
 use super::body::Body;
-use super::chain::{Chain, Link};
+use super::chain::{Chain, ChainedFilter};
 use super::compress::Compress;
 use super::cors::Cors;
 use super::decompress::Decompress;
@@ -133,7 +133,7 @@ impl Catalog {
         if errors.is_empty() { Ok(Chain::new(filters)) } else { Err(errors) }
     }
 
-    fn link(&self, entry: &FilterEntry, around: &Surroundings<'_>) -> Result<Link, BuildError> {
+    fn link(&self, entry: &FilterEntry, around: &Surroundings<'_>) -> Result<ChainedFilter, BuildError> {
         let decoded = match &entry.decoded {
             Some(decoded) => decoded.clone(),
             None => self.decode(&entry.written)?,
@@ -143,7 +143,7 @@ impl Catalog {
             Some(when) => Some(condition(when, &*filter).map_err(|error| error.under(FilterEntry::WHEN))?),
             None => None,
         };
-        Ok(Link::new(decoded.key, filter, when))
+        Ok(ChainedFilter::new(decoded.key, filter, when))
     }
 
     fn decode(&self, written: &Value) -> Result<Decoded, BuildError> {

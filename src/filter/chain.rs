@@ -31,7 +31,7 @@ use crate::phase::journal::steps::Notebook;
 /// The filters of one route.
 #[derive(Default)]
 pub struct Chain {
-    links: Vec<Link>,
+    links: Vec<ChainedFilter>,
     /// The time limit of one call of a filter. `None`: unlimited.
     patience: Option<Duration>,
     /// The stages of all links together.
@@ -50,7 +50,7 @@ pub struct Chain {
 }
 
 /// A filter, with its name in the metrics of the event loop: its key or its label.
-pub(super) struct Link {
+pub(super) struct ChainedFilter {
     watched: Watched,
     filter: Box<dyn Filter>,
     /// The stages at which it is called.
@@ -127,7 +127,7 @@ pub struct View<'a> {
 
 impl Chain {
     /// A chain of filters in the configured order.
-    pub(super) fn new(links: Vec<Link>) -> Chain {
+    pub(super) fn new(links: Vec<ChainedFilter>) -> Chain {
         let inwards =
             |stage| -> Vec<usize> { (0..links.len()).filter(|&index| links[index].stages().contains(stage)).collect() };
         let outwards = |stage| -> Vec<usize> { inwards(stage).into_iter().rev().collect() };
@@ -199,7 +199,7 @@ impl Chain {
         order: &mut slice::Iter<'_, Turn>,
         states: &mut States,
         asked: impl Fn() -> Asked<'a>,
-    ) -> Option<(usize, &Link)> {
+    ) -> Option<(usize, &ChainedFilter)> {
         // Facts are not needed up to the first filter whose condition is open.
         while let Some(turn) = order.as_slice().first()
             && turn.open(states).is_none()
@@ -455,7 +455,7 @@ impl Chain {
     }
 }
 
-impl Link {
+impl ChainedFilter {
     /// Runs one stage of the filter, and records it if a record is kept.
     async fn run(
         &self,
@@ -481,10 +481,10 @@ impl Link {
     }
 
     /// A filter with its `key` and its condition.
-    pub(super) fn new(key: &str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
+    pub(super) fn new(key: &str, filter: Box<dyn Filter>, when: Option<Condition>) -> ChainedFilter {
         let when = when.map(|condition| When { condition, skipped: None });
         let (wants, own) = (filter.stages(), filter.own_headers().into());
-        Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, wants, when, own }
+        ChainedFilter { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, wants, when, own }
     }
 
     /// Whether its condition reads the response.
@@ -664,14 +664,16 @@ mod tests {
     }
 
     fn chain(witnesses: impl IntoIterator<Item = Witness>) -> Chain {
-        Chain::new(witnesses.into_iter().map(|witness| Link::new(witness.name, Box::new(witness), None)).collect())
+        Chain::new(
+            witnesses.into_iter().map(|witness| ChainedFilter::new(witness.name, Box::new(witness), None)).collect(),
+        )
     }
 
     /// The same filters; each acts only if its condition holds.
     fn chain_where<const N: usize>(witnesses: [(Witness, &str); N]) -> Chain {
         let link = |(witness, when): (Witness, &str)| {
             let when = Condition::build(when, Moment::Response).unwrap();
-            Link::new(witness.name, Box::new(witness), Some(when))
+            ChainedFilter::new(witness.name, Box::new(witness), Some(when))
         };
         Chain::new(witnesses.into_iter().map(link).collect())
     }
@@ -811,7 +813,7 @@ mod tests {
 
         let on = |code: u16| {
             let when = Condition::build("response.code >= 500", Moment::Response).unwrap();
-            let chain = Chain::new(vec![Link::new("prepared", Box::new(Prepared), Some(when))]);
+            let chain = Chain::new(vec![ChainedFilter::new("prepared", Box::new(Prepared), Some(when))]);
             let (mut request, mut states) = (request(), chain.states());
             let mut response = ResponseHeader::build(code, None).unwrap();
             chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
@@ -907,7 +909,7 @@ mod tests {
         let links = (0..100).map(|number| {
             let when = Condition::build(&acts(number).to_string(), Moment::Response).unwrap();
             let name = ["a", "b"][number % 2];
-            Link::new(name, Box::new(witness(name)), Some(when))
+            ChainedFilter::new(name, Box::new(witness(name)), Some(when))
         });
         let chain = Chain::new(links.collect()).timed("all", &metrics);
         for _ in 0..2 {

@@ -82,11 +82,11 @@ const VALUES_MAX: usize = 16;
 pub struct RateLimit {
     key: Key,
     limit: Gcra,
-    seen: Arc<Seen>,
+    shared: Arc<Shared>,
 }
 
 /// The time at which each key may come again. It outlives a reload, even one that changes the rate.
-struct Seen {
+struct Shared {
     started: Instant,
     seed: RandomState,
     keys: Keys,
@@ -114,7 +114,7 @@ impl Filter for RateLimit {
         if count == 0 {
             (hashes[0], count) = (self.hash(b""), 1);
         }
-        let now = self.seen.started.elapsed();
+        let now = self.shared.started.elapsed();
         // The request counts for each key, whichever key refuses it.
         let waits = hashes[..count].iter().filter_map(|&hash| self.admit(hash, now).err());
         waits.max().map_or(Verdict::Continue, limited)
@@ -141,10 +141,10 @@ impl FilterType for RateLimit {
         };
         let keys =
             keys.ok_or_else(|| BuildError::new("max_keys", "memory has an end: write a number of at least 1"))?;
-        let seen =
-            || Seen { started: Instant::now(), seed: RandomState::new(), keys: Keys::new(keys), full: Once::new() };
+        let shared =
+            || Shared { started: Instant::now(), seed: RandomState::new(), keys: Keys::new(keys), full: Once::new() };
         let of = format!("{:?} {prefix:?} {keys}", settings.key);
-        Ok(RateLimit { key, limit, seen: around.keep(&of, seen) })
+        Ok(RateLimit { key, limit, shared: around.keep(&of, shared) })
     }
 }
 
@@ -157,12 +157,12 @@ fn limited(wait: Duration) -> Verdict {
 
 impl RateLimit {
     fn hash(&self, key: &[u8]) -> u64 {
-        self.seen.seed.hash_one(key)
+        self.shared.seed.hash_one(key)
     }
 
     /// Admits a request at `now` whose key has this hash, or returns how long it must wait.
     fn admit(&self, key: u64, now: Duration) -> Result<(), Duration> {
-        let Seen { keys, full, .. } = &*self.seen;
+        let Shared { keys, full, .. } = &*self.shared;
         let (admitted, forgotten) = keys.with(key, |due| self.limit.admit(due, nanoseconds(now)));
         if forgotten {
             full.call_once(|| {

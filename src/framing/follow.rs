@@ -2,8 +2,8 @@
 //! writes them.
 //!
 //! Pingora discards the trailers of a response, ends a chunked request without trailers, and parses chunks less
-//! strictly than RFC 9112 §7.1. The types here see the same bytes: [`Answer`] checks the chunks of a response and keeps
-//! its trailers, and [`Request`] finds the position for the trailers of a request.
+//! strictly than RFC 9112 §7.1. The types here see the same bytes: [`ResponseFollower`] checks the chunks of a
+//! response and keeps its trailers, and [`Request`] finds the position for the trailers of a request.
 
 use http::{HeaderMap, Version};
 
@@ -19,7 +19,7 @@ const HEADER_BYTES_MAX: usize = 1 << 20;
 
 /// The follower of received responses.
 #[derive(Debug, Default)]
-pub struct Answer {
+pub struct ResponseFollower {
     at: At,
     head_only: bool,
 }
@@ -36,10 +36,10 @@ enum At {
     Tunnel(u64),
 }
 
-impl Answer {
+impl ResponseFollower {
     /// Starts the next response. `head_only`: the request method is HEAD.
     pub fn begin(&mut self, head_only: bool) {
-        *self = Answer { at: At::Header(Vec::new()), head_only };
+        *self = ResponseFollower { at: At::Header(Vec::new()), head_only };
     }
 
     /// Processes received bytes.
@@ -231,7 +231,7 @@ mod tests {
 
     /// Parses `bytes` in pieces of `cut` bytes. Returns whether the response is chunked, and its trailers.
     fn found(bytes: &[u8], cut: usize, head_only: bool) -> Result<(bool, Vec<String>), Malformed> {
-        let mut answer = Answer::default();
+        let mut answer = ResponseFollower::default();
         answer.begin(head_only);
         for part in bytes.chunks(cut) {
             answer.take(part)?;
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn trailers_are_known_once_the_answer_is_whole() {
-        let mut answer = Answer::default();
+        let mut answer = ResponseFollower::default();
         assert_eq!(answer.take(b"anything"), Ok(()), "nothing is asked for");
         answer.begin(false);
         let bytes = format!("{CHUNKED}0\r\nX-Sum: 1\r\n\r\n");

@@ -14,9 +14,10 @@ use serde_json::Value;
 
 use crate::account::Accounts;
 use crate::client::challenges::Challenges;
-use crate::client::connection::{Common, Connection, Counted, Listener};
+use crate::client::connection::Connection;
 use crate::client::descriptors::Shares;
 use crate::client::head::{Scanner, inspect};
+use crate::client::listener::{Common, Counted, Listener};
 use crate::config::route::Match;
 use crate::config::{self, Config};
 use crate::error::path::{join, key};

@@ -13,7 +13,7 @@ use crate::acme::Served;
 use crate::acme::plan::{Asked, Plan};
 use crate::admin::status::{Conditional, Listed};
 use crate::client::challenges::Challenges;
-use crate::client::connection::Fittings;
+use crate::client::listener::Fittings;
 use crate::client::names::Names;
 use crate::client::relay::Relay;
 use crate::client::tls::Tls;

@@ -20,15 +20,16 @@ use super::web::{Openings, Web};
 use crate::access_log::AccessLog;
 use crate::account::Accounts;
 use crate::admin::Readiness;
-use crate::client::connection::{Common, Inflight};
 use crate::client::cut::Cut;
 use crate::client::descriptors::{Doorway, Shares, lowest_free};
 use crate::client::driver::course::Reason;
 use crate::client::driver::{self, Driver};
-use crate::client::{Desk, Ending, Front};
+use crate::client::inflight::Inflight;
+use crate::client::listener::Common;
+use crate::client::{ConnectionContext, DownstreamApp, Ending};
 use crate::config::Config;
 use crate::config::route::retry::ATTEMPTS_MAX;
-use crate::config::server::{OpenFiles, Rung, Threads};
+use crate::config::server::{OpenFiles, PressureAction, Threads};
 use crate::error::BuildError;
 use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
 use crate::eventloop::{self, Loops};
@@ -39,7 +40,7 @@ use crate::proxy::{Proxy, Steering};
 use crate::recorder::Recorder;
 use crate::scheduler::Schedulers;
 use crate::spans::Tracer;
-use crate::spool::Depot;
+use crate::spool::Spools;
 use crate::spool::budget::{self, Budget};
 use crate::spool::disk::{self, Disk};
 use crate::upstream;
@@ -116,7 +117,7 @@ pub struct Process {
     /// Shared by all listeners.
     pub common: Arc<Common>,
     /// Stores buffered bodies.
-    pub depot: Arc<Depot>,
+    pub spools: Arc<Spools>,
     /// The event loops of the workers.
     pub loops: Loops,
     /// The signals of a shutdown.
@@ -133,14 +134,14 @@ impl Process {
         let threads = threads(config.server.threads);
         let shares = shares(config, threads)?;
         let accounts = Accounts::new(config.client_prefix(), &config.trusted_proxies, config.listeners.len());
-        let depot = Arc::new(depot(config, &shares, accounts.clone(), metrics)?);
+        let spools = Arc::new(spools(config, &shares, accounts.clone(), metrics)?);
         metrics.set_workers(threads);
         Ok(Process {
             server: Server::new_with_opt_and_conf(None, server_conf(config, threads, &shares)),
             threads,
             common: Common::new(shares, accounts),
             shares,
-            depot,
+            spools,
             loops: Loops::new(metrics, loop_terms(config)),
             endings: Endings::default(),
         })
@@ -159,7 +160,7 @@ impl Process {
         outputs: &Outputs,
     ) -> Result<Openings, BuildError> {
         let metrics = &base.metrics;
-        let backlog = self.depot.disk.backlog();
+        let backlog = self.spools.disk.backlog();
         let schedulers = Schedulers::new(metrics.clone(), move || backlog.is_deep(), config.resources.turn.0);
         let settler = Arc::new(Settler {
             unrouted: outputs.unrouted.clone(),
@@ -173,7 +174,7 @@ impl Process {
             metrics: metrics.clone(),
             settler: settler.clone(),
             stopping: stopping.clone(),
-            depot: self.depot.clone(),
+            spools: self.spools.clone(),
             schedulers: schedulers.clone(),
             challenges: base.challenges.clone(),
             steering: Steering {
@@ -184,9 +185,9 @@ impl Process {
         };
         let (cut, inflight) = (self.endings.cut.clone(), self.endings.inflight.clone());
         let ending = Ending { stopping, cut, inflight, settler };
-        let (log, slow) = (outputs.log.clone(), self.depot.slow.clone());
-        let desk = Desk::new(metrics.clone(), log, ending, slow, schedulers, outputs.unrouted.clone());
-        let front = Arc::new(Front::new(self.driver(proxy), Arc::new(desk)));
+        let (log, slow) = (outputs.log.clone(), self.spools.slow.clone());
+        let desk = ConnectionContext::new(metrics.clone(), log, ending, slow, schedulers, outputs.unrouted.clone());
+        let front = Arc::new(DownstreamApp::new(self.driver(proxy), Arc::new(desk)));
         let doorway =
             Doorway::new(self.shares.accepts_below(), metrics.doorway()).map_err(|error| no_open_files(&error))?;
         let (loops, threads) = (self.loops.clone(), self.threads);
@@ -224,12 +225,12 @@ fn uses_own_driver() -> bool {
 
 /// The store of buffered bodies. Starts the disk threads, and checks that files can be created if disk space is
 /// configured.
-pub fn depot(
+pub fn spools(
     config: &Config,
     shares: &Shares,
     accounts: Arc<Accounts>,
     metrics: &Metrics,
-) -> Result<Depot, BuildError> {
+) -> Result<Spools, BuildError> {
     let (server, resources) = (&config.server, &config.resources);
     let spools = metrics.spools();
     let threads = usize::try_from(server.disk_threads.0).unwrap_or(usize::MAX);
@@ -237,19 +238,19 @@ pub fn depot(
     let terms = disk::Terms { threads, queue, nice: i32::try_from(server.disk_nice.0).unwrap_or(NICE_MAX) };
     let disk = Disk::open(Path::new(&server.spool_dir), terms, &spools)
         .map_err(|error| no_spool_dir(&server.spool_dir, &error))?;
-    let rung = |rung| resources.on_pressure.contains(&rung);
+    let action = |action| resources.on_pressure.contains(&action);
     let resources = budget::Resources {
         memory: resources.memory.0,
         disk: resources.disk.0,
         files: shares.spools(),
         answers: resources.responses.ratio(),
         client: resources.per_client.ratio(),
-        spill: rung(Rung::Spill),
-        pause: rung(Rung::Pause),
-        shed: rung(Rung::Shed),
+        spill: action(PressureAction::Spill),
+        pause: action(PressureAction::Pause),
+        shed: action(PressureAction::Shed),
         pause_max: resources.pause.0,
     };
-    Ok(Depot::new(disk, Budget::new(resources, spools), accounts))
+    Ok(Spools::new(disk, Budget::new(resources, spools), accounts))
 }
 
 /// The error if spool files cannot be created.

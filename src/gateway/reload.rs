@@ -16,12 +16,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::admin::Admin;
-use crate::admin::answer::Answer;
-use crate::client::connection::Listener;
+use crate::admin::reply::Reply;
+use crate::client::listener::Listener;
 use crate::config::server::Server;
 use crate::config::{Config, Report};
 use crate::error::BuildError;
-use crate::error::path::{self, Step};
+use crate::error::path::{self, PathStep};
 use crate::metrics::config::ConfigMetrics;
 use crate::proxy::epoch::Epoch;
 use crate::proxy::generation::Generation;
@@ -480,18 +480,18 @@ pub fn add(admin: Admin, reloads: Option<Reloads>) -> Admin {
                 None => false,
                 Some(word) if word == "no" => false,
                 Some(word) if word == "yes" => true,
-                Some(_) => return Answer::error(StatusCode::BAD_REQUEST, "`dry_run` is `yes` or `no`"),
+                Some(_) => return Reply::error(StatusCode::BAD_REQUEST, "`dry_run` is `yes` or `no`"),
             };
             let Some(reloads) = reloads else {
-                return Answer::error(StatusCode::CONFLICT, "this gateway has no file to load again");
+                return Reply::error(StatusCode::CONFLICT, "this gateway has no file to load again");
             };
             let by = "admin endpoint";
             match if dry_run { reloads.check(by).await } else { reloads.apply(by).await } {
                 Some(outcome) if outcome.result == Done::Refused => {
-                    Answer::json(&outcome).with_status(StatusCode::UNPROCESSABLE_ENTITY)
+                    Reply::json(&outcome).with_status(StatusCode::UNPROCESSABLE_ENTITY)
                 }
-                Some(outcome) => Answer::json(&outcome),
-                None => Answer::error(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops"),
+                Some(outcome) => Reply::json(&outcome),
+                None => Reply::error(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops"),
             }
         }
     })
@@ -500,8 +500,8 @@ pub fn add(admin: Admin, reloads: Option<Reloads>) -> Admin {
 /// The names in a path.
 fn path_names(path: &str) -> Vec<String> {
     let name = |step| match step {
-        Step::Key(name) => Some(name.into_owned()),
-        Step::Index(_) => None,
+        PathStep::Key(name) => Some(name.into_owned()),
+        PathStep::Index(_) => None,
     };
     path::steps(path).filter_map(name).collect()
 }

@@ -7,7 +7,7 @@ use super::sockets::Place;
 use crate::acme::Acme;
 use crate::admin::status::Listed;
 use crate::client::acceptor::Acceptor;
-use crate::client::connection::Listener;
+use crate::client::listener::Listener;
 use crate::client::tls::Tls;
 use crate::config::{self, Config};
 use crate::proxy::generation::Generation;

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::acme::{self, Acme};
 use crate::admin::status::{Configured, Listed, Shown};
 use crate::client::acceptor::Acceptor;
-use crate::client::connection::{Common, Listener};
+use crate::client::listener::{Common, Listener};
 use crate::client::tls::Tls;
 use crate::config::Config;
 use crate::config::server::{Shutdown, Upgrade};

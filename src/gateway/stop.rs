@@ -31,8 +31,8 @@ use tokio::sync::Notify;
 
 use crate::access_log::AccessLog;
 use crate::acme::Acme;
-use crate::admin::answer::Answer;
 use crate::admin::reception::Reception;
+use crate::admin::reply::Reply;
 use crate::admin::{Admin, Ready};
 use crate::config::server::{Shutdown, Upgrade};
 use crate::metrics::Metrics;
@@ -72,7 +72,7 @@ pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
     admin.post("/stop", "stops gracefully, as SIGTERM does", move |_| {
         tracing::info!("the admin endpoint is asked to stop the gateway");
         handle.stop();
-        std::future::ready(Answer::text("stopping\n"))
+        std::future::ready(Reply::text("stopping\n"))
     })
 }
 

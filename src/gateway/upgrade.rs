@@ -25,7 +25,7 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
-use crate::admin::answer::Answer;
+use crate::admin::reply::Reply;
 use crate::admin::{Admin, Voucher};
 use crate::config::server;
 use crate::metrics::upgrade::UpgradeMetrics;
@@ -622,7 +622,7 @@ pub(super) fn add(admin: Admin, upgrades: Upgrades) -> Admin {
         async move {
             let binary = match ask.query("binary") {
                 Some(path) if !path.starts_with('/') => {
-                    return Answer::error(StatusCode::BAD_REQUEST, "`binary` is an absolute path");
+                    return Reply::error(StatusCode::BAD_REQUEST, "`binary` is an absolute path");
                 }
                 path => path.map(|path| (PathBuf::from(path), ask.voucher())),
             };
@@ -631,7 +631,7 @@ pub(super) fn add(admin: Admin, upgrades: Upgrades) -> Admin {
                 Err(denied) => Some(*denied),
             };
             let Some(outcome) = outcome else {
-                return Answer::error(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops");
+                return Reply::error(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops");
             };
             let status = match outcome.result {
                 Done::Done => StatusCode::OK,
@@ -640,7 +640,7 @@ pub(super) fn add(admin: Admin, upgrades: Upgrades) -> Admin {
                 Done::Failed => StatusCode::BAD_GATEWAY,
                 Done::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             };
-            Answer::json(&outcome).with_status(status)
+            Reply::json(&outcome).with_status(status)
         }
     })
 }

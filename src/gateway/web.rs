@@ -9,7 +9,7 @@ use pingora::services::Service;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
-use crate::client::Front;
+use crate::client::DownstreamApp;
 use crate::client::acceptor::Acceptor;
 use crate::client::descriptors::Doorway;
 use crate::client::driver::Driven;
@@ -28,7 +28,7 @@ impl Openings {
 
 /// The service of all listeners.
 pub struct Web<P> {
-    front: Arc<Front<P>>,
+    front: Arc<DownstreamApp<P>>,
     doorway: Arc<Doorway>,
     threads: usize,
     openings: UnboundedReceiver<Arc<Acceptor>>,
@@ -41,7 +41,7 @@ impl<P> Web<P> {
     /// A service with this number of workers, whose connections go to `front`, from the signal `begin` until
     /// `stop`, and its handle for adding sockets. It runs `first` before anything else, on its runtime.
     pub fn new(
-        front: Arc<Front<P>>,
+        front: Arc<DownstreamApp<P>>,
         doorway: Doorway,
         threads: usize,
         begin: watch::Receiver<bool>,

@@ -9,10 +9,10 @@ use crate::phase::Phase;
 vectors! {
     /// The families of the event loops.
     struct Families {
-        lane_waiting: gauge LANE_WAITING,
-        lane_share: ratio LANE_SHARE,
-        lane_overdue: counter LANE_OVERDUE,
-        lane_bytes: counter LANE_BYTES,
+        scheduler_waiting: gauge SCHEDULER_WAITING,
+        scheduler_share: ratio SCHEDULER_SHARE,
+        scheduler_overdue: counter SCHEDULER_OVERDUE,
+        scheduler_bytes: counter SCHEDULER_BYTES,
         lag: histogram LOOP_LAG,
         lag_busy: histogram LOOP_LAG_BUSY,
         stalled: gauge STALLED_WORKERS,
@@ -21,7 +21,7 @@ vectors! {
 }
 
 /// The classes of grants.
-pub const SCHEDULER_CLASSES: [&str; 3] = ["newcomer", "pass", "spool"];
+pub const SCHEDULER_CLASSES: [&str; 3] = ["new_connection", "transfer", "spool"];
 
 /// The metrics of one worker's scheduler.
 pub struct SchedulerMetrics {
@@ -57,10 +57,10 @@ impl Families {
     pub(super) fn scheduler(&self, worker: usize) -> SchedulerMetrics {
         let worker = worker.to_string();
         SchedulerMetrics {
-            waiting: SCHEDULER_CLASSES.map(|class| self.lane_waiting.with_label_values(&[&worker, class])),
-            share: SCHEDULER_CLASSES.map(|class| self.lane_share.with_label_values(&[&worker, class])),
-            overdue: SCHEDULER_CLASSES.map(|class| self.lane_overdue.with_label_values(&[&worker, class])),
-            bytes: self.lane_bytes.with_label_values(&[&worker]),
+            waiting: SCHEDULER_CLASSES.map(|class| self.scheduler_waiting.with_label_values(&[&worker, class])),
+            share: SCHEDULER_CLASSES.map(|class| self.scheduler_share.with_label_values(&[&worker, class])),
+            overdue: SCHEDULER_CLASSES.map(|class| self.scheduler_overdue.with_label_values(&[&worker, class])),
+            bytes: self.scheduler_bytes.with_label_values(&[&worker]),
         }
     }
 

@@ -274,9 +274,9 @@ families! {
         "Times that a body got no more disk space, by the limit; the endpoint then waits, or the upload is refused.";
     SLOW_CLIENTS: "forebay_slow_clients", Gauge, ["direction"],
         "Clients that Forebay now waits for: to send their requests or to read their responses.";
-    PRESSURE_TOTAL: "forebay_pressure_total", Counter, ["rung"],
+    PRESSURE_TOTAL: "forebay_pressure_total", Counter, ["action"],
         "Times that a measure was taken because memory ran short: spill to disk, pause, or shed.";
-    PRESSURE: "forebay_pressure", Gauge, ["rung"],
+    PRESSURE: "forebay_pressure", Gauge, ["action"],
         "Active measures because memory runs short: 1 for spill and shed, for pause the number of waiting bodies.";
     DISK_SECONDS: "forebay_disk_seconds", Histogram(DISK), ["operation"],
         "Time of one disk operation, from queueing to completion.";
@@ -284,13 +284,13 @@ families! {
         "Disk operations that are queued or active.";
     DISK_FAILURES: "forebay_disk_failures_total", Counter, ["operation"],
         "Failed disk operations.";
-    LANE_WAITING: "forebay_lane_waiting", Gauge, ["worker", "class"],
+    SCHEDULER_WAITING: "forebay_scheduler_waiting", Gauge, ["worker", "class"],
         "Exchanges that wait for their turn: new connections, passing bodies, buffered responses.";
-    LANE_SHARE: "forebay_lane_share_ratio", Gauge, ["worker", "class"],
+    SCHEDULER_SHARE: "forebay_scheduler_share_ratio", Gauge, ["worker", "class"],
         "Share of its time that a worker may spend on a class of exchanges, depending on the lag of its event loop.";
-    LANE_OVERDUE: "forebay_lane_overdue_total", Counter, ["worker", "class"],
+    SCHEDULER_OVERDUE: "forebay_scheduler_overdue_total", Counter, ["worker", "class"],
         "Turns that were given because `resources.turn` had passed.";
-    LANE_BYTES: "forebay_lane_bytes_total", Counter, ["worker"],
+    SCHEDULER_BYTES: "forebay_scheduler_bytes_total", Counter, ["worker"],
         "Bytes that were spooled.";
     ACCESS_LOG_LINES: "forebay_access_log_lines_total", Counter, [],
         "Lines written to the access log.";

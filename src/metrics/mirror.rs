@@ -4,7 +4,7 @@ use prometheus::{IntCounter, IntCounterVec};
 
 super::retry::labels! {
     /// The result of a copy, or why there was none.
-    Fate {
+    MirrorOutcome {
         /// A response with any status.
         Answered: "answered",
         /// No response.
@@ -29,11 +29,13 @@ pub struct MirrorMetrics(Box<[IntCounter]>);
 
 impl MirrorMetrics {
     pub(super) fn of(upstream: &str, family: &IntCounterVec) -> Self {
-        MirrorMetrics(Fate::ALL.iter().map(|fate| family.with_label_values(&[upstream, fate.name()])).collect())
+        MirrorMetrics(
+            MirrorOutcome::ALL.iter().map(|outcome| family.with_label_values(&[upstream, outcome.name()])).collect(),
+        )
     }
 
     /// Counts a result.
-    pub fn count(&self, fate: Fate) {
-        self.0[fate as usize].inc();
+    pub fn count(&self, outcome: MirrorOutcome) {
+        self.0[outcome as usize].inc();
     }
 }

@@ -1,8 +1,8 @@
 //! `forebay_phase_active` and `forebay_phase_oldest_seconds`: the exchanges in each phase, and the oldest of them.
 //!
-//! Each exchange in a phase has a [`Seat`]: one word with the phase and its start. The next phase is one store into
-//! it, by the worker that runs the exchange; a scrape counts the words. Each thread keeps the seats that became
-//! free on it, so workers contend for a lock only if one has no free seat left or far too many.
+//! Each exchange in a phase has a [`PhaseGuard`]: one word with the phase and its start. The next phase is one store
+//! into it, by the worker that runs the exchange; a scrape counts the words. Each thread keeps the slots that became
+//! free on it, so workers contend for a lock only if one has no free slot left or far too many.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,82 +15,82 @@ use prometheus::proto::MetricFamily;
 use super::family;
 use crate::phase::Phase;
 
-/// Number of seats that are allocated at once.
+/// Number of slots that are allocated at once.
 const ROW: usize = 256;
-/// A thread with more free seats than this gives half of them back: if exchanges move between workers, they may all
+/// A thread with more free slots than this gives half of them back: if exchanges move between workers, they may all
 /// begin on one and end on another.
 const KEPT: usize = 4 * ROW;
 
-/// All seats of one gateway. Clones share them.
+/// All slots of one gateway. Clones share them.
 #[derive(Clone)]
-pub(super) struct Roll(Arc<Seats>);
+pub(super) struct PhaseTable(Arc<Slots>);
 
-struct Seats {
+struct Slots {
     epoch: Instant,
     rows: Mutex<Vec<Arc<Row>>>,
-    spare: Mutex<Vec<Place>>,
+    spare: Mutex<Vec<Slot>>,
 }
 
-/// Each word is 0 if its seat is free, else the start in microseconds since the epoch, shifted by [`PHASE_BITS`],
+/// Each word is 0 if its slot is free, else the start in microseconds since the epoch, shifted by [`PHASE_BITS`],
 /// plus the phase, from 1.
 struct Row {
-    seats: Weak<Seats>,
+    slots: Weak<Slots>,
     words: [AtomicU64; ROW],
 }
 
 const PHASE_BITS: u32 = 4;
 const _: () = assert!(Phase::COUNT < 1 << PHASE_BITS);
 
-struct Place {
+struct Slot {
     row: Arc<Row>,
     index: usize,
 }
 
-impl Place {
+impl Slot {
     fn word(&self) -> &AtomicU64 {
         &self.row.words[self.index]
     }
 }
 
 thread_local! {
-    /// Free seats, usually all of one gateway.
-    static FREE: RefCell<Vec<Place>> = const { RefCell::new(Vec::new()) };
+    /// Free slots, usually all of one gateway.
+    static FREE: RefCell<Vec<Slot>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Counts an exchange or a connection in its phase until it is dropped.
-pub struct Seat {
+pub struct PhaseGuard {
     epoch: Instant,
     /// `None` only during drop.
-    place: Option<Place>,
+    slot: Option<Slot>,
 }
 
-impl Seat {
+impl PhaseGuard {
     /// Enters `phase`.
     pub fn enter(&self, phase: Phase, now: Instant) {
-        if let Some(place) = &self.place {
+        if let Some(slot) = &self.slot {
             let micros = now.saturating_duration_since(self.epoch).as_micros() as u64;
-            place.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
+            slot.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
         }
     }
 
-    /// Enters `phase`, this long after the last one. Cheaper than [`Seat::enter`].
+    /// Enters `phase`, this long after the last one. Cheaper than [`PhaseGuard::enter`].
     pub fn advance(&self, phase: Phase, passed: Duration) {
-        if let Some(place) = &self.place {
+        if let Some(slot) = &self.slot {
             let passed = passed.as_secs() * 1_000_000 + u64::from(passed.subsec_micros());
-            let micros = (place.word().load(Ordering::Relaxed) >> PHASE_BITS) + passed;
-            place.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
+            let micros = (slot.word().load(Ordering::Relaxed) >> PHASE_BITS) + passed;
+            slot.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
         }
     }
 }
 
-impl Drop for Seat {
+impl Drop for PhaseGuard {
     fn drop(&mut self) {
-        let Some(place) = self.place.take() else { return };
-        place.word().store(0, Ordering::Relaxed);
-        // A thread that is ending has no storage any more: the seat is lost, which does not matter.
+        let Some(slot) = self.slot.take() else { return };
+        slot.word().store(0, Ordering::Relaxed);
+        // A thread that is ending has no storage any more: the slot is lost, which does not matter.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
-            free.push(place);
+            free.push(slot);
             if free.len() > KEPT {
                 free.drain(KEPT / 2..).for_each(give_back);
             }
@@ -98,9 +98,9 @@ impl Drop for Seat {
     }
 }
 
-fn give_back(place: Place) {
-    if let Some(seats) = place.row.seats.upgrade() {
-        lock(&seats.spare).push(place);
+fn give_back(slot: Slot) {
+    if let Some(slots) = slot.row.slots.upgrade() {
+        lock(&slots.spare).push(slot);
     }
 }
 
@@ -113,17 +113,17 @@ pub struct PhaseState {
     pub oldest: Duration,
 }
 
-impl Roll {
+impl PhaseTable {
     /// Empty phases.
     pub(super) fn new(epoch: Instant) -> Self {
-        Roll(Arc::new(Seats { epoch, rows: Mutex::default(), spare: Mutex::default() }))
+        PhaseTable(Arc::new(Slots { epoch, rows: Mutex::default(), spare: Mutex::default() }))
     }
 
     /// Adds an exchange to `phase`, in which it has been since `since`.
-    pub(super) fn take(&self, phase: Phase, since: Instant) -> Seat {
-        let seat = Seat { epoch: self.0.epoch, place: Some(self.place()) };
-        seat.enter(phase, since);
-        seat
+    pub(super) fn take(&self, phase: Phase, since: Instant) -> PhaseGuard {
+        let guard = PhaseGuard { epoch: self.0.epoch, slot: Some(self.slot()) };
+        guard.enter(phase, since);
+        guard
     }
 
     /// The state of all phases, in order.
@@ -141,12 +141,12 @@ impl Roll {
         states
     }
 
-    fn place(&self) -> Place {
+    fn slot(&self) -> Slot {
         FREE.with_borrow_mut(|free| {
             loop {
                 match free.pop() {
-                    Some(place) if std::ptr::eq(place.row.seats.as_ptr(), &*self.0) => return place,
-                    // A seat of another gateway on this thread, which happens only in tests.
+                    Some(slot) if std::ptr::eq(slot.row.slots.as_ptr(), &*self.0) => return slot,
+                    // A slot of another gateway on this thread, which happens only in tests.
                     Some(foreign) => give_back(foreign),
                     None => *free = self.more(),
                 }
@@ -154,16 +154,16 @@ impl Roll {
         })
     }
 
-    /// At least one free seat.
-    fn more(&self) -> Vec<Place> {
+    /// At least one free slot.
+    fn more(&self) -> Vec<Slot> {
         let mut spare = lock(&self.0.spare);
         let from = spare.len().saturating_sub(ROW);
         if !spare.is_empty() {
             return spare.drain(from..).collect();
         }
-        let row = Arc::new(Row { seats: Arc::downgrade(&self.0), words: [const { AtomicU64::new(0) }; ROW] });
+        let row = Arc::new(Row { slots: Arc::downgrade(&self.0), words: [const { AtomicU64::new(0) }; ROW] });
         lock(&self.0.rows).push(row.clone());
-        (0..ROW).map(|index| Place { row: row.clone(), index }).collect()
+        (0..ROW).map(|index| Slot { row: row.clone(), index }).collect()
     }
 }
 
@@ -172,15 +172,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads the seats on each scrape.
+/// Reads the slots on each scrape.
 pub(super) struct PhaseCollector {
-    roll: Roll,
+    table: PhaseTable,
     descs: [Desc; 2],
 }
 
 impl PhaseCollector {
-    pub(super) fn new(roll: Roll) -> Self {
-        PhaseCollector { roll, descs: [family::PHASE_ACTIVE.describe(), family::PHASE_OLDEST.describe()] }
+    pub(super) fn new(table: PhaseTable) -> Self {
+        PhaseCollector { table, descs: [family::PHASE_ACTIVE.describe(), family::PHASE_OLDEST.describe()] }
     }
 }
 
@@ -190,7 +190,7 @@ impl Collector for PhaseCollector {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let states = self.roll.states(Instant::now());
+        let states = self.table.states(Instant::now());
         let named = || Phase::ALL.iter().map(|phase| phase.name()).zip(&states);
         vec![
             family::PHASE_ACTIVE.read(
@@ -213,56 +213,56 @@ mod tests {
         Duration::from_millis(n)
     }
 
-    fn of(roll: &Roll, phase: Phase, now: Instant) -> (u64, Duration) {
-        let state = roll.states(now)[phase.index()];
+    fn of(table: &PhaseTable, phase: Phase, now: Instant) -> (u64, Duration) {
+        let state = table.states(now)[phase.index()];
         (state.active, state.oldest)
     }
 
     #[test]
     fn each_is_in_one_phase_and_the_oldest_tells_for_how_long() {
         let begin = Instant::now();
-        let roll = Roll::new(begin);
-        let first = roll.take(Phase::Header, begin + ms(10));
-        let second = roll.take(Phase::Header, begin + ms(40));
-        assert_eq!(of(&roll, Phase::Header, begin + ms(50)), (2, ms(40)));
+        let table = PhaseTable::new(begin);
+        let first = table.take(Phase::Header, begin + ms(10));
+        let second = table.take(Phase::Header, begin + ms(40));
+        assert_eq!(of(&table, Phase::Header, begin + ms(50)), (2, ms(40)));
 
         first.enter(Phase::Wait, begin + ms(60));
-        assert_eq!(of(&roll, Phase::Header, begin + ms(70)), (1, ms(30)));
-        assert_eq!(of(&roll, Phase::Wait, begin + ms(70)), (1, ms(10)));
+        assert_eq!(of(&table, Phase::Header, begin + ms(70)), (1, ms(30)));
+        assert_eq!(of(&table, Phase::Wait, begin + ms(70)), (1, ms(10)));
 
         drop((first, second));
-        assert_eq!(roll.states(begin + ms(80)), [PhaseState::default(); Phase::COUNT]);
+        assert_eq!(table.states(begin + ms(80)), [PhaseState::default(); Phase::COUNT]);
     }
 
     #[test]
     fn a_seat_that_is_free_is_taken_again() {
         let now = Instant::now();
-        let roll = Roll::new(now);
+        let table = PhaseTable::new(now);
         for _ in 0..10 * ROW {
-            roll.take(Phase::Route, now);
+            table.take(Phase::Route, now);
         }
-        assert_eq!(lock(&roll.0.rows).len(), 1);
+        assert_eq!(lock(&table.0.rows).len(), 1);
     }
 
     #[test]
     fn seats_that_are_taken_on_one_thread_and_freed_on_another_do_not_pile_up() {
         let now = Instant::now();
-        let roll = Roll::new(now);
-        let (send, receive) = std::sync::mpsc::sync_channel::<Seat>(ROW);
+        let table = PhaseTable::new(now);
+        let (send, receive) = std::sync::mpsc::sync_channel::<PhaseGuard>(ROW);
         let other = std::thread::spawn(move || receive.into_iter().for_each(drop));
         for _ in 0..100 * KEPT {
-            send.send(roll.take(Phase::Route, now)).unwrap();
+            send.send(table.take(Phase::Route, now)).unwrap();
         }
         drop(send);
         other.join().unwrap();
-        let rows = lock(&roll.0.rows).len();
-        assert!(rows <= 4 * KEPT / ROW, "{rows} rows of {ROW} seats for {ROW} who were there at once");
+        let rows = lock(&table.0.rows).len();
+        assert!(rows <= 4 * KEPT / ROW, "{rows} rows of {ROW} slots for {ROW} who were there at once");
     }
 
     #[test]
     fn two_gateways_on_one_thread_have_seats_of_their_own() {
         let now = Instant::now();
-        let (one, two) = (Roll::new(now), Roll::new(now));
+        let (one, two) = (PhaseTable::new(now), PhaseTable::new(now));
         drop(one.take(Phase::Send, now));
         let _seat = two.take(Phase::Send, now);
         assert_eq!(of(&one, Phase::Send, now).0, 0);
@@ -272,8 +272,8 @@ mod tests {
     #[test]
     fn who_entered_after_the_reading_began_is_not_older_than_nothing() {
         let begin = Instant::now();
-        let roll = Roll::new(begin);
-        let _seat = roll.take(Phase::Send, begin + ms(5));
-        assert_eq!(of(&roll, Phase::Send, begin), (1, Duration::ZERO));
+        let table = PhaseTable::new(begin);
+        let _seat = table.take(Phase::Send, begin + ms(5));
+        assert_eq!(of(&table, Phase::Send, begin), (1, Duration::ZERO));
     }
 }

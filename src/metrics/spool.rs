@@ -43,11 +43,11 @@ pub struct SpoolMetrics {
     /// Slow clients.
     pub slow: [IntGauge; 2],
     /// Bodies written to disk because memory was short.
-    pub spill: RungMetrics,
+    pub spill: ActionMetrics,
     /// Bodies that had to wait for memory.
-    pub pause: RungMetrics,
+    pub pause: ActionMetrics,
     /// Refused exchanges.
-    pub shed: RungMetrics,
+    pub shed: ActionMetrics,
     /// Queued or active disk operations.
     pub disk_queue: IntGauge,
     /// Write operations.
@@ -58,7 +58,7 @@ pub struct SpoolMetrics {
 
 /// The metrics of one measure against memory shortage.
 #[derive(Clone)]
-pub struct RungMetrics {
+pub struct ActionMetrics {
     /// How often it was taken.
     pub times: IntCounter,
     /// Whether it is active, or how many bodies wait because of it.
@@ -82,9 +82,9 @@ impl Families {
             seconds: self.disk_seconds.with_label_values(&[operation]),
             failures: self.disk_failures.with_label_values(&[operation]),
         };
-        let rung = |rung| RungMetrics {
-            times: self.pressure_total.with_label_values(&[rung]),
-            now: self.pressure.with_label_values(&[rung]),
+        let action = |action| ActionMetrics {
+            times: self.pressure_total.with_label_values(&[action]),
+            now: self.pressure.with_label_values(&[action]),
         };
         SpoolMetrics {
             memory: bytes("memory"),
@@ -94,9 +94,9 @@ impl Families {
             denials: DIRECTIONS
                 .map(|direction| SPOOL_LIMITS.map(|limit| self.denials.with_label_values(&[direction, limit]))),
             slow: DIRECTIONS.map(|direction| self.slow_clients.with_label_values(&[direction])),
-            spill: rung("spill"),
-            pause: rung("pause"),
-            shed: rung("shed"),
+            spill: action("spill"),
+            pause: action("pause"),
+            shed: action("shed"),
             disk_queue: single(&self.disk_queue),
             write: operation("write"),
             read: operation("read"),

@@ -54,7 +54,7 @@ impl Stage {
 
 /// The maximum times for an endpoint without progress.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub struct UpstreamTimeouts {
     /// Between two accepted pieces of the request.
     pub send: Duration,
     /// From the request's end to the end of the response header.
@@ -78,7 +78,7 @@ pub struct Deadline {
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// For each wait.
-    pub patience: Patience,
+    pub patience: UpstreamTimeouts,
     /// For all waits for the endpoint until the response header was received, including the connection setup.
     pub attempt: Option<Duration>,
     /// For the exchange.
@@ -140,21 +140,21 @@ impl Deadline {
 /// reads the sockets in between. In the first turn the connection hands over what it received; in the second turn the
 /// exchange takes it.
 #[derive(Debug, Default)]
-pub struct Look {
+pub struct Recheck {
     /// The due time that the checks belong to, their number, and the time of the next check.
     before: Option<(Instant, u8, Instant)>,
 }
 
 /// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum Checked {
     /// Check again at this time.
     Again(Instant),
     /// The limit is exceeded.
     Over,
 }
 
-impl Look {
+impl Recheck {
     const LOOKS: u8 = 2;
     /// The resolution of timers.
     const PAUSE: Duration = Duration::from_millis(1);
@@ -166,17 +166,17 @@ impl Look {
     }
 
     /// Checks at `now`.
-    pub fn at(&mut self, due: Instant, now: Instant) -> Seen {
+    pub fn at(&mut self, due: Instant, now: Instant) -> Checked {
         let (_, looks, next) = self.before.filter(|before| before.0 == due).unwrap_or((due, 0, due));
         if now < next {
-            return Seen::Again(next);
+            return Checked::Again(next);
         }
         if looks == Self::LOOKS {
-            return Seen::Over;
+            return Checked::Over;
         }
         let next = now + Self::PAUSE;
         self.before = Some((due, looks + 1, next));
-        Seen::Again(next)
+        Checked::Again(next)
     }
 }
 
@@ -188,7 +188,7 @@ mod tests {
         Duration::from_millis(millis)
     }
 
-    const PATIENCE: Patience = Patience { send: ms_of(300), wait: ms_of(600), receive: ms_of(900) };
+    const PATIENCE: UpstreamTimeouts = UpstreamTimeouts { send: ms_of(300), wait: ms_of(600), receive: ms_of(900) };
     const BOUNDS: Bounds = Bounds { patience: PATIENCE, attempt: None, deadline: None };
 
     const fn ms_of(millis: u64) -> Duration {
@@ -274,7 +274,7 @@ mod tests {
     fn a_deadline_that_passes_is_the_endpoints_fault_if_it_had_nearly_all_of_the_time() {
         let (waits, began) = attempt();
         let deadline = Deadline { due: began + ms(500), length: ms(500), is_clients: false };
-        let patience = Patience { wait: ms(60_000), receive: ms(60_000), ..PATIENCE };
+        let patience = UpstreamTimeouts { wait: ms(60_000), receive: ms(60_000), ..PATIENCE };
         let bounds = |deadline| Bounds { patience, deadline: Some(deadline), ..BOUNDS };
         let party = |bounds: Bounds, waits: &Waits| {
             let (at, fault) = due(&bounds, Stage::Receiving, true, waits, began).expect("a deadline");
@@ -295,18 +295,18 @@ mod tests {
     #[test]
     fn a_clock_that_rings_late_is_looked_at_again_in_two_further_turns_of_the_loop() {
         let now = Instant::now();
-        let (mut look, due) = (Look::default(), now + ms(100));
-        assert_eq!(look.at(due, now), Seen::Again(due));
+        let (mut recheck, due) = (Recheck::default(), now + ms(100));
+        assert_eq!(recheck.at(due, now), Checked::Again(due));
         let late = due + ms(3_000);
-        assert_eq!(look.at(due, late), Seen::Again(late + ms(1)));
-        assert_eq!(look.at(due, late), Seen::Again(late + ms(1)), "woken for something else");
-        assert_eq!(look.at(due, late + ms(1)), Seen::Again(late + ms(2)));
-        assert_eq!(look.at(due, late + ms(2)), Seen::Over);
+        assert_eq!(recheck.at(due, late), Checked::Again(late + ms(1)));
+        assert_eq!(recheck.at(due, late), Checked::Again(late + ms(1)), "woken for something else");
+        assert_eq!(recheck.at(due, late + ms(1)), Checked::Again(late + ms(2)));
+        assert_eq!(recheck.at(due, late + ms(2)), Checked::Over);
 
-        let mut look = Look::default();
-        look.at(due, late);
-        look.at(due, late + ms(1));
+        let mut recheck = Recheck::default();
+        recheck.at(due, late);
+        recheck.at(due, late + ms(1));
         let other = late + ms(700);
-        assert_eq!(look.at(other, late + ms(2)), Seen::Again(other), "something has come");
+        assert_eq!(recheck.at(other, late + ms(2)), Checked::Again(other), "something has come");
     }
 }

@@ -1,8 +1,8 @@
 //! The common way to wait: for an event, until a deadline, and only while the client is connected.
 //!
-//! A [`Wait`] requires a time limit and an [`Eye`] on the client. A wait without a client, such as that of a health
-//! check, gives the reason as a [`NoClient`]. Which of the three comes first is one pure decision ([`Ended::of`]); the
-//! rest is a timer. The limit does not run while the gateway itself does not ([`pauses`]). A test (`tests/it/waits.rs`)
+//! A [`Wait`] requires a time limit and a [`ClientWatch`]. A wait without a client, such as that of a health check,
+//! gives the reason as a [`NoClient`]. Which of the three comes first is one pure decision ([`Ended::of`]); the rest is
+//! a timer. The limit does not run while the gateway itself does not ([`pauses`]). A test (`tests/it/waits.rs`)
 //! looks for waits in the source that do not use this module.
 
 use std::cell::RefCell;
@@ -23,7 +23,7 @@ use super::pauses::{self, Grant, Pauses};
 pub const FAR: Duration = Duration::from_secs(24 * 3600);
 
 /// Detects when the client of a wait has left.
-pub trait Eye {
+pub trait ClientWatch {
     /// The result once the client has left.
     type Left;
 
@@ -31,7 +31,7 @@ pub trait Eye {
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Self::Left>;
 }
 
-impl<E: Eye> Eye for &mut E {
+impl<E: ClientWatch> ClientWatch for &mut E {
     type Left = E::Left;
 
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<E::Left> {
@@ -60,7 +60,7 @@ pub enum NoClient {
     ItsIo,
 }
 
-impl Eye for NoClient {
+impl ClientWatch for NoClient {
     type Left = Infallible;
 
     fn poll_left(&mut self, _: &mut Context<'_>) -> Poll<Infallible> {
@@ -113,7 +113,7 @@ pub struct Wait<E> {
     other: Option<&'static Pauses>,
 }
 
-impl<E: Eye> Wait<E> {
+impl<E: ClientWatch> Wait<E> {
     /// Waits for `time` at most, measured from the first pending poll, and as long as `eye` sees the client.
     pub fn at_most(time: Duration, eye: E) -> Self {
         Wait { limit: time.min(FAR), since: None, eye, timer: Timer::default(), other: None }
@@ -169,7 +169,7 @@ pin_project! {
     }
 }
 
-impl<E: Eye, F: Future> Future for Waiting<E, F> {
+impl<E: ClientWatch, F: Future> Future for Waiting<E, F> {
     type Output = Ended<F::Output, E::Left>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -297,7 +297,7 @@ mod tests {
     /// An eye that sees the client leave when it is notified.
     struct Told(oneshot::Receiver<()>);
 
-    impl Eye for Told {
+    impl ClientWatch for Told {
         type Left = &'static str;
 
         fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<&'static str> {

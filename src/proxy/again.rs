@@ -26,7 +26,7 @@ pub fn after(exchange: &mut Exchange, client: &ServerSession, failure: Failure, 
         begun: begun(exchange, client),
         elsewhere: upstream.has_more(&exchange.attempts.tried),
         retry_after: after,
-        left: exchange.deadlines.left(Instant::now()),
+        left: exchange.deadlines.left(),
     };
     exchange.attempts.again(&route.retry, upstream, &situation)
 }
@@ -61,8 +61,8 @@ pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &Resp
 
 /// Whether bytes of a response were sent, so that no other one is possible.
 fn begun(exchange: &Exchange, client: &ServerSession) -> bool {
-    match &exchange.link {
-        Some(link) => link.begun(),
+    match &exchange.bodies {
+        Some(bodies) => bodies.begun(),
         None => exchange.phase() == Phase::Receive || client.response_written().is_some(),
     }
 }

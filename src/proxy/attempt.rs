@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use http::StatusCode;
 
 use super::retry::{Failure, Rules, Situation, Verdict};
-use crate::client::session::Link;
+use crate::body::Bodies;
 use crate::finished::{Failed, Why};
 use crate::metrics::retry::Objection;
 use crate::net;
@@ -18,7 +18,7 @@ use crate::phase::Phase;
 use crate::upstream::retries::Permit;
 use crate::upstream::transport::http1::Tail;
 use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
-use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
+use crate::upstream::{Ended, Endpoint, EndpointLease, Outcome, Upstream};
 
 /// All attempts of one exchange.
 #[derive(Default)]
@@ -193,8 +193,8 @@ impl Attempts {
 /// once: a dropped attempt counts as cancelled.
 pub struct Attempt {
     upstream: Arc<Upstream>,
-    endpoint: Engaged,
-    link: Option<Arc<Link>>,
+    endpoint: EndpointLease,
+    bodies: Option<Arc<Bodies>>,
     chosen: Instant,
     /// Time at which the connection was established.
     connected: Option<Instant>,
@@ -214,16 +214,16 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// An attempt with an endpoint of this upstream, chosen just now. `link` has the waits of each party; without it,
+    /// An attempt with an endpoint of this upstream, chosen just now. `bodies` has the waits of each party; without it,
     /// all time counts as the endpoint's.
-    pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, link: Option<Arc<Link>>, chosen: Instant) -> Self {
-        if let Some(link) = link.as_ref().filter(|_| endpoint.is_probe()) {
-            endpoint.watch(link.clone());
+    pub fn new(upstream: Arc<Upstream>, endpoint: EndpointLease, bodies: Option<Arc<Bodies>>, chosen: Instant) -> Self {
+        if let Some(bodies) = bodies.as_ref().filter(|_| endpoint.is_probe()) {
+            endpoint.watch(bodies.clone());
         }
         Attempt {
             upstream,
             endpoint,
-            link,
+            bodies,
             chosen,
             connected: None,
             reused: false,
@@ -308,8 +308,8 @@ impl Attempt {
 
     /// The time since the choice for which only the endpoint was waited for.
     fn own_time(&self, now: Instant) -> Duration {
-        match &self.link {
-            Some(link) => link.waits().spent(Party::Endpoint, now),
+        match &self.bodies {
+            Some(bodies) => bodies.waits().spent(Party::Endpoint, now),
             None => now - self.chosen,
         }
     }
@@ -375,8 +375,8 @@ mod tests {
     /// Begins the next attempt.
     fn begin(attempts: &mut Attempts, upstream: &Arc<Upstream>) {
         let now = Instant::now();
-        let Choice::Engaged(engaged) = upstream.select(0, &attempts.tried, now) else { panic!("there is no endpoint") };
-        attempts.begin(Attempt::new(upstream.clone(), engaged, None, now));
+        let Choice::Leased(lease) = upstream.select(0, &attempts.tried, now) else { panic!("there is no endpoint") };
+        attempts.begin(Attempt::new(upstream.clone(), lease, None, now));
     }
 
     fn failed(attempts: &Attempts, upstream: &Upstream, failure: Failure) -> Situation {

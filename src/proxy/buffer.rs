@@ -15,19 +15,19 @@ use super::exchange::Exchange;
 use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
 use super::routes::Route;
-use crate::client::intake::{IntakeTerms, Unread};
-use crate::client::session::{BufferedSession, Terms};
+use crate::body::request::{RequestPolicy, Unread};
+use crate::body::{Terms, session::BufferedSession};
 use crate::client::stream::Bypass;
-use crate::client::wire::Leave;
+use crate::config::route::BufferMode;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
 use crate::framing::{self, LengthFields};
-use crate::metrics::mirror::Fate;
+use crate::metrics::mirror::MirrorOutcome;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::scheduler::Schedulers;
-use crate::slow_client::pace::Pace;
-use crate::spool::Depot;
+use crate::slow_client::min_rate::MinRate;
+use crate::spool::Spools;
 use crate::upstream::Upstream;
 
 /// How a request body is handled.
@@ -51,44 +51,44 @@ pub async fn request(
     client: &mut Box<ServerSession>,
     route: &Route,
     upstream: &Upstream,
-    depot: &Arc<Depot>,
+    spools: &Arc<Spools>,
     schedulers: &Arc<Schedulers>,
 ) -> Result<()> {
     let announced = if client.is_custom() && client.is_body_empty() { None } else { announced(client.req_header()) };
     let grpc = exchange.is_treated_as_grpc();
-    let mut intake = route.intake.clone();
-    intake.announced = announced;
-    let mut manner = route.manner.clone();
+    let mut request_policy = route.request_policy.clone();
+    request_policy.announced = announced;
+    let mut response_policy = route.response_policy.clone();
     if grpc {
-        manner.leave = Leave::Stream;
+        response_policy.mode = BufferMode::Stream;
         exchange.deadlines.begin_grpc(&client.req_header().headers, route.deadline, Instant::now());
     }
     // The body of a gRPC-Web call is complete before its response begins.
     let duplex = grpc && !exchange.request.is_grpc_web();
     if duplex {
         // Either side may send at any time, so no minimum rate applies. The idle limit still applies.
-        intake.pace = Pace::unlimited();
-        intake.duplex = true;
+        request_policy.min_rate = MinRate::unlimited();
+        request_policy.duplex = true;
     }
-    let plan = plan(route.holds_bodies && !duplex, &intake);
+    let plan = plan(route.holds_bodies && !duplex, &request_policy);
     if let Plan::Refuse(refusal) = plan {
         return Err(refused(exchange, refusal));
     }
     let terms = Terms {
         patience: route.patience(upstream.timeouts),
-        intake,
+        request_policy,
         holds_body: plan == Plan::Hold,
-        manner,
+        response_policy,
         who: exchange.client.who(exchange.request.target.clone()),
         control: exchange.client.control.clone(),
         bypass: bypass(exchange, client),
         custom: !upstream.is_http1(),
         tap: BodyFilters::of(exchange),
-        depot: depot.clone(),
+        spools: spools.clone(),
         schedulers: schedulers.clone(),
     };
-    let (link, mut session) = BufferedSession::take(client, terms, exchange.progress.clock.since());
-    exchange.link = Some(link);
+    let (bodies, mut session) = BufferedSession::take(client, terms, exchange.progress.clock.since());
+    exchange.bodies = Some(bodies);
     if plan == Plan::Hold && session.has_body() {
         let held = hold(exchange, &mut session).await;
         if let Err(unread) = held {
@@ -98,7 +98,7 @@ pub async fn request(
     }
     if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
         exchange.copy = if exchange.request.upgrade.is_some() {
-            mirror.leaves(Fate::Upgrade);
+            mirror.skip(MirrorOutcome::Upgrade);
             None
         } else {
             copy(mirror, &mut session, grpc, plan)
@@ -111,15 +111,13 @@ pub async fn request(
 /// The path past one of Forebay's own HTTP/1 sessions. Pingora's own session, for a client that asks for another
 /// protocol, writes itself.
 fn bypass(exchange: &Exchange, client: &ServerSession) -> Option<Bypass> {
-    let connection =
-        exchange.client.connection.as_ref().filter(|_| exchange.client.control.is_none() && client.is_custom());
-    connection.and_then(|connection| connection.bypass())
+    exchange.client.bypass.as_ref().filter(|_| client.is_custom())?.bypass()
 }
 
 /// Prepares the request's copy for a mirror.
 fn copy(mirror: &Arc<Mirror>, session: &mut BufferedSession, grpc: bool, plan: Plan) -> Option<Box<Copy>> {
     if grpc {
-        mirror.leaves(Fate::Grpc);
+        mirror.skip(MirrorOutcome::Grpc);
         return None;
     }
     let body = match plan {
@@ -149,16 +147,16 @@ async fn invite(session: &mut BufferedSession) -> Result<(), Unread> {
     session.invite().await.map_err(Unread::Failed)
 }
 
-fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
-    if intake.announced.is_some_and(|length| length > intake.max_body) {
+fn plan(holds: bool, request_policy: &RequestPolicy) -> Plan {
+    if request_policy.announced.is_some_and(|length| length > request_policy.max_body) {
         return Plan::Refuse(&refusal::BUFFER_TOO_LARGE);
     }
     if !holds {
         return Plan::Stream;
     }
-    let room = intake.limits.memory.saturating_add(intake.limits.disk);
-    match intake.announced {
-        Some(length) if length > room && !intake.stream_large => Plan::Refuse(&refusal::BUFFER_TOO_LARGE),
+    let room = request_policy.limits.memory.saturating_add(request_policy.limits.disk);
+    match request_policy.announced {
+        Some(length) if length > room && !request_policy.stream_large => Plan::Refuse(&refusal::BUFFER_TOO_LARGE),
         // The announced body may never arrive, so only a received body that does not fit is streamed.
         _ => Plan::Hold,
     }

@@ -33,7 +33,7 @@ use crate::phase::journal::steps;
 use crate::spool::Held;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::transport::{connector, final_status, limit};
-use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};
+use crate::upstream::{Choice, EndpointLease, Outcome, Timeouts, Upstream};
 
 /// Maximum number of idle connections for calls, over all upstreams.
 const POOL: usize = 128;
@@ -294,12 +294,12 @@ impl Callee {
         let Call { request, body, answer_bytes_max, .. } = call;
         let mut fresh = false;
         loop {
-            let engaged = self.engage().await?;
-            let mut peer = engaged.peer_for(|| None);
+            let lease = self.lease().await?;
+            let mut peer = lease.peer_for(|| None);
             if fresh {
                 connector::separate(&mut peer);
             }
-            let mut attempt = Attempt::new(self.upstream.clone(), engaged, None, Instant::now());
+            let mut attempt = Attempt::new(self.upstream.clone(), lease, None, Instant::now());
             // A method that defines a meaning for a body announces an empty one (RFC 9110 §8.6).
             let bodiless = body.is_empty() && !matches!(request.method, Method::POST | Method::PUT | Method::PATCH);
             let load = if bodiless { Load::Nothing } else { Load::Whole(body.clone()) };
@@ -342,7 +342,7 @@ impl Callee {
     }
 
     /// Chooses an endpoint; waits for one with room if needed.
-    async fn engage(&self) -> Result<Engaged, CallError> {
+    async fn lease(&self) -> Result<EndpointLease, CallError> {
         let (upstream, now) = (&self.upstream, Instant::now());
         let choice = match upstream.select(rand::random(), &[], now) {
             Choice::Full => {
@@ -358,7 +358,7 @@ impl Callee {
             choice => choice,
         };
         match choice {
-            Choice::Engaged(engaged) => Ok(engaged),
+            Choice::Leased(lease) => Ok(lease),
             Choice::Away(_) => Err(self.reject(&refusal::SELECT_BREAKER_OPEN, CallError::Away)),
             Choice::Full | Choice::NoEndpoint => Err(self.reject(&refusal::SELECT_NO_ENDPOINT, CallError::NoEndpoint)),
         }
@@ -380,9 +380,9 @@ async fn in_line(upstream: &Upstream, mut place: crate::upstream::queue::Place) 
                 // Many turns may be free, and each examines all endpoints: let other tasks run first.
                 tokio::task::yield_now().await;
             }
-            Choice::Engaged(engaged) => {
+            Choice::Leased(lease) => {
                 place.served();
-                return Choice::Engaged(engaged);
+                return Choice::Leased(lease);
             }
             other => return other,
         }

@@ -43,8 +43,8 @@ pub fn made(
         tail.limit_sending(upstream.timeouts.send);
     }
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
-    if let (Some(link), true) = (&exchange.link, http1) {
-        link.set_window(Some(Window::new(socket)));
+    if let (Some(bodies), true) = (&exchange.bodies, http1) {
+        bodies.set_window(Some(Window::new(socket)));
     }
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);
@@ -72,7 +72,7 @@ fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let now = Instant::now();
     let fault = match blame::connecting(&error) {
-        fault if fault.what == What::Silent => exchange.deadlines.of_connection(exchange.link.as_deref()),
+        fault if fault.what == What::Silent => exchange.deadlines.of_connection(exchange.bodies.as_deref()),
         fault => fault,
     };
     let row = blame::row(fault);

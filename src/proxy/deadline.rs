@@ -3,7 +3,7 @@
 //! As with Envoy's timeouts, the deadline runs from the last byte of the request to the last byte received from the
 //! endpoint, including all attempts and their pauses. A slow upload does not count, and a slow download counts only if
 //! the endpoint must wait for it. An attempt's time runs from the choice of its endpoint to the response header, while
-//! the endpoint is waited for. `client/session.rs` enforces both once the connection is established; until then
+//! the endpoint is waited for. `body.rs` enforces both once the connection is established; until then
 //! Pingora's connect timeout does.
 
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use http::HeaderMap;
 use pingora::upstreams::peer::HttpPeer;
 
-use crate::client::session::Link;
+use crate::body::Bodies;
 use crate::party::{Deadline, Fault, Party, What};
 use crate::phase::Phase;
 
@@ -68,7 +68,7 @@ impl Deadlines {
     /// Sets the limits of an attempt with a chosen endpoint: its own time, and the time for the connection to `peer`.
     pub fn begin_attempt(&mut self, per_try: Option<Duration>, peer: &mut HttpPeer, now: Instant) {
         self.attempt = per_try;
-        let left = self.left(now);
+        let left = self.left_at(now);
         let own = peer.options.total_connection_timeout.into_iter().chain(per_try).min();
         self.is_hurried = left.is_some_and(|left| own.is_none_or(|own| left < own));
         if let Some(time) = left.into_iter().chain(own).min() {
@@ -89,8 +89,8 @@ impl Deadlines {
     }
 
     /// Passes the limits to the session, which enforces them once the connection is established.
-    pub fn keep(&self, link: &Link) {
-        link.bound(self.attempt, self.exchange);
+    pub fn keep(&self, bodies: &Bodies) {
+        bodies.bound(self.attempt, self.exchange);
     }
 
     /// Removes all limits.
@@ -103,15 +103,19 @@ impl Deadlines {
         self.exchange.map(|deadline| deadline.due)
     }
 
-    /// Remaining time of the exchange.
-    pub fn left(&self, now: Instant) -> Option<Duration> {
+    /// Remaining time of the exchange. Most have no deadline and do not read the clock for it.
+    pub fn left(&self) -> Option<Duration> {
+        self.due().is_some().then(|| self.left_at(Instant::now())).flatten()
+    }
+
+    fn left_at(&self, now: Instant) -> Option<Duration> {
         self.due().map(|due| due.saturating_duration_since(now))
     }
 
     /// The fault for a connect of the current attempt that took too long.
-    pub fn of_connection(&self, link: Option<&Link>) -> Fault {
-        match self.exchange.filter(|_| self.is_hurried).zip(link) {
-            Some((deadline, link)) => deadline.fault(Phase::Connect, link.waits()),
+    pub fn of_connection(&self, bodies: Option<&Bodies>) -> Fault {
+        match self.exchange.filter(|_| self.is_hurried).zip(bodies) {
+            Some((deadline, bodies)) => deadline.fault(Phase::Connect, bodies.waits()),
             None => Fault::new(Party::Endpoint, Phase::Connect, What::Silent),
         }
     }
@@ -155,11 +159,11 @@ mod tests {
     #[test]
     fn the_time_of_a_route_runs_from_the_end_of_its_request_and_once() {
         let (mut deadlines, now) = (Deadlines::default(), Instant::now());
-        assert_eq!(deadlines.left(now), None);
+        assert_eq!(deadlines.left_at(now), None);
         assert!(deadlines.begin(Some(seconds(5)), || now));
         assert!(!deadlines.begin(Some(seconds(5)), || now + seconds(1)));
-        assert_eq!(deadlines.left(now + seconds(2)), Some(seconds(3)));
-        assert_eq!(deadlines.left(now + seconds(9)), Some(Duration::ZERO));
+        assert_eq!(deadlines.left_at(now + seconds(2)), Some(seconds(3)));
+        assert_eq!(deadlines.left_at(now + seconds(9)), Some(Duration::ZERO));
         deadlines.lift();
         assert_eq!((deadlines.due(), deadlines.begin(Some(seconds(5)), || now)), (None, false));
     }

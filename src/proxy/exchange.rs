@@ -23,9 +23,10 @@ use super::deadline::Deadlines;
 use super::mirror::Copy;
 use super::routes::Route;
 use super::watch::Watch;
-use crate::client::connection::Begin;
+use crate::body::Bodies;
 use crate::client::remains;
-use crate::client::session::Link;
+use crate::client::start::ExchangeStart;
+use crate::client::stream::WeakBypass;
 use crate::error::{Refusal, refusal};
 use crate::expression::facts::Response;
 use crate::expression::{Asked, Author, Facts, Pace};
@@ -33,8 +34,8 @@ use crate::filter::{Stages, Verdict, View};
 use crate::finished::Why;
 use crate::metrics::Metrics;
 use crate::phase::Phase;
-use crate::spans::{Context, Notes};
-use crate::upstream::{Engaged, Outcome, Upstream};
+use crate::spans::{AttemptNotes, Context};
+use crate::upstream::{EndpointLease, Outcome, Upstream};
 use client::Client;
 use filters::Filters;
 use progress::Progress;
@@ -58,7 +59,7 @@ pub struct Exchange {
     /// The deadlines of the exchange and of its current attempt.
     pub deadlines: Deadlines,
     /// The session between Pingora and the client. `None` after a switch to another protocol.
-    pub link: Option<Arc<Link>>,
+    pub bodies: Option<Arc<Bodies>>,
     /// The state after a switch to another protocol.
     pub switched: Option<Box<Switched>>,
     /// The copy for a mirror.
@@ -91,7 +92,7 @@ pub struct Traced {
     /// The trace and its span.
     pub place: Context,
     /// Notes about the attempts for their spans, if the trace is recorded.
-    pub notes: Option<Box<Notes>>,
+    pub notes: Option<Box<AttemptNotes>>,
 }
 
 /// An exchange as Pingora passes it from hook to hook. If it is dropped before it is settled, `client::remains` keeps
@@ -125,10 +126,10 @@ impl Drop for Carried {
             return;
         }
         let Some(exchange) = self.0.take_if(|exchange| exchange.phase() != Phase::Finish) else { return };
-        if let (Some(link), Some(connection)) = (&exchange.link, &exchange.client.connection)
-            && link.begun()
-            && !link.framed()
-            && !link.is_http2()
+        if let (Some(bodies), Some(connection)) = (&exchange.bodies, &exchange.client.connection)
+            && bodies.begun()
+            && !bodies.framed()
+            && !bodies.is_http2()
         {
             // The reset shows the client that the response is incomplete.
             connection.close_with_reset();
@@ -139,7 +140,7 @@ impl Drop for Carried {
 
 impl Exchange {
     /// Creates an exchange in phase `route`, with the facts that its connection recorded.
-    pub fn begin(begin: Option<Begin>, metrics: &Metrics) -> Self {
+    pub fn begin(begin: Option<ExchangeStart>, metrics: &Metrics) -> Self {
         let progress = Progress::begin(begin.as_ref(), metrics);
         let client = Client::new(begin);
         Exchange {
@@ -150,7 +151,7 @@ impl Exchange {
             filters: Filters::default(),
             attempts: Attempts::default(),
             deadlines: Deadlines::default(),
-            link: None,
+            bodies: None,
             switched: None,
             copy: None,
             traced: None,
@@ -173,9 +174,9 @@ impl Exchange {
     /// Enters `phase` at the time `now`, which was just read.
     pub fn enter_at(&mut self, phase: Phase, now: Instant) {
         if phase != self.phase() {
-            let link = self.link.as_ref();
-            self.progress.enter(phase, now, || link.map(|link| link.passed()).unwrap_or_default());
-            link.inspect(|link| link.enter_phase(phase, now));
+            let bodies = self.bodies.as_ref();
+            self.progress.enter(phase, now, || bodies.map(|bodies| bodies.passed()).unwrap_or_default());
+            bodies.inspect(|bodies| bodies.enter_phase(phase, now));
         }
     }
 
@@ -233,7 +234,7 @@ impl Exchange {
     /// The client's pace in the last phase that waited for it.
     fn pace(&self) -> Pace {
         let clock = &self.progress.clock;
-        let passed = || self.link.as_ref().map(|link| link.passed()).unwrap_or_default();
+        let passed = || self.bodies.as_ref().map(|bodies| bodies.passed()).unwrap_or_default();
         let spent = |phase: Phase| if clock.phase() > phase { clock.spent(phase) } else { None };
         if let Some(age) = spent(Phase::Write) {
             Pace { phase: Phase::Write, age, bytes: Some(passed().sent) }
@@ -250,11 +251,11 @@ impl Exchange {
     }
 
     /// Records that an endpoint of this upstream was chosen.
-    pub fn engage(&mut self, upstream: Arc<Upstream>, engaged: Engaged, now: Instant) {
+    pub fn lease(&mut self, upstream: Arc<Upstream>, lease: EndpointLease, now: Instant) {
         if let Some(notes) = self.notes() {
-            notes.attempt(&upstream.name, &engaged.endpoint().label, now);
+            notes.attempt(&upstream.name, &lease.endpoint().label, now);
         }
-        self.attempts.begin(Attempt::new(upstream, engaged, self.link.clone(), now));
+        self.attempts.begin(Attempt::new(upstream, lease, self.bodies.clone(), now));
     }
 
     /// Records that the connection of the current attempt was established.
@@ -275,8 +276,8 @@ impl Exchange {
     /// Ends the current attempt, if any: its endpoint is no longer in use.
     pub fn release(&mut self, end: impl FnOnce(&Attempt) -> Outcome, now: Instant) {
         let Some(mut attempt) = self.attempts.release(now) else { return };
-        if let Some(link) = self.link.as_ref().filter(|_| attempt.is_connected()) {
-            link.set_window(None);
+        if let Some(bodies) = self.bodies.as_ref().filter(|_| attempt.is_connected()) {
+            bodies.set_window(None);
         }
         let outcome = end(&attempt);
         if let Some(noted) = self.notes().and_then(|notes| notes.present()) {
@@ -287,7 +288,7 @@ impl Exchange {
         attempt.end(outcome, now);
     }
 
-    fn notes(&mut self) -> Option<&mut Notes> {
+    fn notes(&mut self) -> Option<&mut AttemptNotes> {
         self.traced.as_mut()?.notes.as_deref_mut()
     }
 
@@ -302,18 +303,18 @@ impl Exchange {
 
     /// Passes the deadlines to the session, which enforces them from here on.
     pub fn keep_deadlines(&self) {
-        if let Some(link) = &self.link {
-            self.deadlines.keep(link);
+        if let Some(bodies) = &self.bodies {
+            self.deadlines.keep(bodies);
         }
     }
 
     /// Creates a watch of the client for the time in which filters of this route wait.
     pub fn watch(&self, route: &Route) -> Watch {
-        let connection = self.client.connection.as_ref();
-        let (socket, way) = (connection.and_then(|one| one.socket()), connection.and_then(|one| one.bypass()));
+        let socket = self.client.connection.as_ref().and_then(|connection| connection.socket());
+        let bypass = self.client.bypass.as_ref().and_then(WeakBypass::bypass);
         // In a tunnel, the directions end separately.
         let aborts = route.half_close_aborts && self.switched.is_none();
-        Watch::new(self.client.control.clone(), socket, aborts, way)
+        Watch::new(self.client.control.clone(), socket, aborts, bypass)
     }
 
     /// Runs the route's response filters on a response header, from the endpoint or from Forebay.

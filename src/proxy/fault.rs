@@ -22,7 +22,7 @@ pub fn of(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
 /// Whether the client's leaving is no failure: it received the whole response before the end of its request.
 pub fn is_served(exchange: &Exchange, fault: Fault) -> bool {
     let left = fault.party == Party::Client && fault.what == What::Left;
-    left && exchange.link.as_ref().is_some_and(|link| link.stands_in() && link.has_left_whole())
+    left && exchange.bodies.as_ref().is_some_and(|bodies| bodies.stands_in() && bodies.has_left_whole())
 }
 
 /// The fault recorded by Forebay's own stream or session, if any. It is more precise than the error that Pingora
@@ -38,7 +38,7 @@ pub fn found(exchange: &Exchange) -> Option<Fault> {
             Failure::Idle => Fault::new(Party::Gateway, phase, What::Silent),
         })
     };
-    let found = stream.or_else(|| exchange.link.as_ref()?.fault()).or_else(endpoint)?;
+    let found = stream.or_else(|| exchange.bodies.as_ref()?.fault()).or_else(endpoint)?;
     let whenever = matches!(found.what, What::Left | What::Stopped);
     let phase = if whenever { exchange.phase() } else { found.phase };
     Some(Fault { phase, ..found })
@@ -74,8 +74,8 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
             let kept = reused && exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
             match kept && phase != Phase::Receive && is_free && !matches!(error.etype(), H2Error) {
                 true => endpoint(What::Stale),
-                false => endpoint(match &exchange.link {
-                    Some(link) => breakage(link.endpoint_delay(Instant::now())),
+                false => endpoint(match &exchange.bodies {
+                    Some(bodies) => breakage(bodies.endpoint_delay(Instant::now())),
                     // The other protocol has its own ends.
                     None if phase == Phase::Receive => What::GaveUp,
                     None => What::Broke,

@@ -18,7 +18,7 @@ use crate::expression::Asked;
 use crate::expression::facts::Response;
 use crate::expression::named::NamedText;
 use crate::filter::{Outcome, Stages, View};
-use crate::finished::{Client, Finished, Request, Way};
+use crate::finished::{Client, Finished, Request, Routing};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
@@ -26,7 +26,7 @@ use crate::phase::journal::{Journal, Passed};
 use crate::recorder::Recorder;
 use crate::scheduler::task::own_time;
 use crate::spans::context::TRACESTATE;
-use crate::spans::{Notes, Story, TraceId, TraceParent, Tracer};
+use crate::spans::{AttemptNotes, TraceData, TraceId, TraceParent, Tracer};
 use crate::upstream::Outcome as Became;
 
 const REQUEST_ID: http::HeaderName = http::HeaderName::from_static("x-request-id");
@@ -58,11 +58,11 @@ impl Settler {
     pub fn settle(&self, exchange: &mut Exchange, session: &mut ServerSession) {
         let now = exchange.enter(Phase::Finish);
         // If the client's session was lost with an abandoned write, the buffered session has the counts.
-        let (answered, received, sent) = match &exchange.link {
-            Some(link) if link.stands_in() => link.outcome(),
-            link => {
+        let (answered, received, sent) = match &exchange.bodies {
+            Some(bodies) if bodies.stands_in() => bodies.outcome(),
+            bodies => {
                 // Only the buffered session counts bytes that were read or sent past the client's session.
-                let (_, received, sent) = link.as_ref().map(|link| link.outcome()).unwrap_or_default();
+                let (_, received, sent) = bodies.as_ref().map(|bodies| bodies.outcome()).unwrap_or_default();
                 (
                     session.response_written().map_or(0, |response| response.status.as_u16()),
                     received.max(session.body_bytes_read() as u64),
@@ -94,7 +94,7 @@ impl Settler {
         let summary = Summary {
             clock: &exchange.progress.clock,
             own: own_time(now),
-            blocked: exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default(),
+            blocked: exchange.bodies.as_ref().map(|bodies| bodies.blocked()).unwrap_or_default(),
             held: exchange.attempts.busy.held,
             saved: exchange.attempts.busy.saved,
             status,
@@ -117,7 +117,7 @@ impl Settler {
             let attributes = tracer.attributes.of(&asked);
             let text = |(name, text): &NamedText<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
             let attributes = attributes.iter().map(text).collect();
-            tracer.tell(Story { attributes, ..story(exchange, (notes, journal), &finished, asked.headers) });
+            tracer.tell(TraceData { attributes, ..trace_data(exchange, (notes, journal), &finished, asked.headers) });
         }
         if let Some(log) = &self.log {
             let asked = if log.fields.is_empty() { None } else { asked() };
@@ -136,8 +136,8 @@ impl SettlesExchanges for Settler {
         let now = exchange.enter(Phase::Finish);
         exchange.release(|_| Became::Cancelled, now);
         let switched = exchange.switched.take().map(|switched| *switched);
-        let (answered, received, sent) = match &exchange.link {
-            Some(link) => link.outcome(),
+        let (answered, received, sent) = match &exchange.bodies {
+            Some(bodies) => bodies.outcome(),
             // The session with the counts is gone.
             None => switched.as_ref().map_or((0, 0, 0), |switched| (0, switched.received, switched.sent)),
         };
@@ -186,7 +186,7 @@ fn finished<'e>(
         tls: tls.map(|tls| tls.version),
         subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
     };
-    let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
+    let (buffered, spilled) = exchange.bodies.as_ref().map(|bodies| bodies.spooled()).unwrap_or_default();
     Finished {
         request: Request {
             method: request.map_or("", |request| request.method.as_str()),
@@ -197,7 +197,7 @@ fn finished<'e>(
             referer,
             user_agent,
         },
-        way: Way {
+        routing: Routing {
             route: routing.route.as_ref().map_or(UNROUTED, |route| &route.name),
             upstream: routing.upstream.as_ref().map(|upstream| &*upstream.name),
             endpoint: exchange.attempts.endpoint().map(|endpoint| &*endpoint.label),
@@ -231,16 +231,16 @@ fn asked<'e>(
 }
 
 /// The facts for spans, copied, since they outlive the exchange.
-fn story(
+fn trace_data(
     exchange: &Exchange,
-    (notes, journal): (Box<Notes>, Box<Journal>),
+    (notes, journal): (Box<AttemptNotes>, Box<Journal>),
     finished: &Finished<'_>,
     headers: &HeaderMap,
-) -> Story {
+) -> TraceData {
     let text = |bytes: &[u8]| Box::<str>::from(String::from_utf8_lossy(bytes));
     let context = exchange.traced.as_ref().expect("a recorded exchange has a place in a trace").place;
-    let Finished { client, request, way, summary, .. } = finished;
-    Story {
+    let Finished { client, request, routing, summary, .. } = finished;
+    TraceData {
         context,
         notes,
         journal,
@@ -256,7 +256,7 @@ fn story(
         peer: client.peer,
         user_agent: request.user_agent.map(text),
         request_id: request.id.map(text),
-        route: way.route.into(),
+        route: routing.route.into(),
         status: summary.status,
         refusal: summary.refusal,
         attributes: Box::default(),

@@ -8,7 +8,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::exchange::Exchange;
 use crate::client::challenges::Challenges;
-use crate::client::connection::Redirect;
+use crate::client::listener::Redirect;
 use crate::error::refusal;
 use crate::filter::{Answer, Verdict};
 

@@ -20,9 +20,9 @@ use super::blame;
 use super::call::{self, Line, Load};
 use crate::config;
 use crate::metrics::Metrics;
-use crate::metrics::mirror::{Fate, MirrorMetrics};
+use crate::metrics::mirror::{MirrorMetrics, MirrorOutcome};
 use crate::spool::Held;
-use crate::upstream::transport::greeting::Parties;
+use crate::upstream::transport::proxy_protocol::ClientAddresses;
 use crate::upstream::{Choice, Outcome, Upstream};
 
 /// Marks a request as a copy, and names its route.
@@ -100,8 +100,8 @@ impl Mirror {
     }
 
     /// Counts a request that was not copied.
-    pub fn leaves(&self, fate: Fate) {
-        self.metrics.count(fate);
+    pub fn skip(&self, outcome: MirrorOutcome) {
+        self.metrics.count(outcome);
     }
 
     /// Creates the copy of a request with this body, if possible.
@@ -110,11 +110,11 @@ impl Mirror {
             Body::Empty => None,
             Body::Whole(held) => Some(held),
             Body::Large => {
-                self.leaves(Fate::TooLarge);
+                self.skip(MirrorOutcome::TooLarge);
                 return None;
             }
             Body::Streamed => {
-                self.leaves(Fate::Streamed);
+                self.skip(MirrorOutcome::Streamed);
                 return None;
             }
         };
@@ -149,19 +149,19 @@ impl Copy {
         pieces.extend(piece.filter(|piece| !piece.is_empty()).cloned());
         let fits = pieces.iter().map(Bytes::len).sum::<usize>() <= FILTERED_BYTES_MAX;
         if !fits {
-            self.mirror.leaves(Fate::TooLarge);
+            self.mirror.skip(MirrorOutcome::TooLarge);
         }
         fits
     }
 
-    /// Sends the copy after its original. `parties` are the two ends of the client's connection, for the endpoint.
-    pub fn send(self, parties: Option<Parties>) {
+    /// Sends the copy after its original. `addresses` are the two ends of the client's connection, for the endpoint.
+    pub fn send(self, addresses: Option<ClientAddresses>) {
         let Copy { mirror, body, filtered, request: Some(request) } = self else { return };
         let load = filtered.map(Load::Made).or(body.map(Load::Held)).unwrap_or(Load::Nothing);
-        let Some(place) = mirror.enter() else { return mirror.leaves(Fate::Busy) };
+        let Some(place) = mirror.enter() else { return mirror.skip(MirrorOutcome::Busy) };
         tokio::spawn(async move {
-            let fate = attempt(&mirror, *request, load, parties).await;
-            mirror.metrics.count(fate);
+            let outcome = attempt(&mirror, *request, load, addresses).await;
+            mirror.metrics.count(outcome);
             drop(place);
         });
     }
@@ -177,17 +177,22 @@ impl Drop for Place {
 }
 
 /// Sends the copy to an endpoint and discards the response, within the upstream's timeouts.
-async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, parties: Option<Parties>) -> Fate {
+async fn attempt(
+    mirror: &Mirror,
+    mut request: RequestHeader,
+    load: Load,
+    addresses: Option<ClientAddresses>,
+) -> MirrorOutcome {
     let upstream = &mirror.upstream;
     // Any endpoint is eligible: the request need not have the key of the mirror's upstream.
-    let Choice::Engaged(engaged) = upstream.select(rand::random(), &[], Instant::now()) else {
-        return Fate::NoEndpoint;
+    let Choice::Leased(lease) = upstream.select(rand::random(), &[], Instant::now()) else {
+        return MirrorOutcome::NoEndpoint;
     };
-    let peer = engaged.peer_for(|| parties);
-    let mut attempt = Attempt::new(Arc::clone(upstream), engaged, None, Instant::now());
+    let peer = lease.peer_for(|| addresses);
+    let mut attempt = Attempt::new(Arc::clone(upstream), lease, None, Instant::now());
     if request.insert_header(MARK, mirror.route.clone()).is_err() {
         // The header already has the maximum number of fields.
-        return Fate::Failed;
+        return MirrorOutcome::Failed;
     }
     let line = Line { connector: &mirror.connector, upstream, peer };
     let mut left = DISCARDED_BYTES;
@@ -208,7 +213,7 @@ async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, partie
     match answered {
         Ok(status) => {
             attempt.end(Outcome::Answered(status), now);
-            Fate::Answered
+            MirrorOutcome::Answered
         }
         Err(error) => {
             tracing::debug!(upstream = %upstream.name, %error, "a copy of a request failed");
@@ -216,7 +221,7 @@ async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, partie
                 upstream.metrics.connects_failed.inc();
             }
             attempt.end(blame::row(call::fault(&attempt, &error)).outcome(), now);
-            Fate::Failed
+            MirrorOutcome::Failed
         }
     }
 }

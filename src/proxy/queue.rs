@@ -12,7 +12,7 @@ use std::time::Instant;
 use pingora::protocols::http::ServerSession;
 
 use super::exchange::Exchange;
-use crate::party::wait::{Ended, Eye, Wait};
+use crate::party::wait::{ClientWatch, Ended, Wait};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::{Choice, Upstream};
@@ -23,14 +23,14 @@ pub(super) struct Line<'e> {
     pub client: &'e mut ServerSession,
 }
 
-impl Eye for Line<'_> {
+impl ClientWatch for Line<'_> {
     type Left = Fault;
 
     /// Ready when the client has left, or the exchange must end.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
         let phase = self.exchange.phase();
-        match &self.exchange.link {
-            Some(link) => link.poll_over(cx, phase),
+        match &self.exchange.bodies {
+            Some(bodies) => bodies.poll_over(cx, phase),
             None => {
                 let idle = pin!(self.client.read_body_or_idle(true));
                 idle.poll(cx).map(|_| Fault::new(Party::Client, phase, What::Left))
@@ -62,9 +62,9 @@ pub async fn wait(
                     // Many turns may be free, and each examines all endpoints: let other tasks run first.
                     tokio::task::yield_now().await;
                 }
-                Choice::Engaged(engaged) => {
+                Choice::Leased(lease) => {
                     place.served();
-                    return Ok(Choice::Engaged(engaged));
+                    return Ok(Choice::Leased(lease));
                 }
                 other => return Ok(other),
             },

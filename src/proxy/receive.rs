@@ -22,8 +22,8 @@ use super::https;
 use super::routes::Route;
 use super::upgrade;
 use super::watch::Watch;
+use crate::body::Tap;
 use crate::client::connection::Connection;
-use crate::client::session::Tap;
 use crate::client::trailers;
 use crate::error::refusal;
 use crate::expression::{Author, Facts, Identity, Pace, Prefix};
@@ -44,8 +44,8 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
     if response.status != StatusCode::SWITCHING_PROTOCOLS || !agreed {
         return Ok(());
     }
-    if let Some(link) = exchange.link.take()
-        && !link.step_aside(client)
+    if let Some(bodies) = exchange.bodies.take()
+        && !bodies.step_aside(client)
     {
         return Err(Error::new_in(ErrorType::InternalError));
     }
@@ -55,7 +55,7 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
 }
 
 /// Normalises the framing fields of an interim or final response header to those of HTTP/1.1, for any protocol of the
-/// endpoint. Pingora relies on them; the wire sets them again for the client.
+/// endpoint. Pingora relies on them; the sender of the response sets them again for the client.
 ///
 /// # Errors
 ///
@@ -105,10 +105,10 @@ pub async fn header(
         && response
             .remove_header(&X_ACCEL_BUFFERING)
             .is_some_and(|buffering| buffering.as_bytes().eq_ignore_ascii_case(b"no"));
-    if let Some(link) = &exchange.link
+    if let Some(bodies) = &exchange.bodies
         && (asked_to_stream || is_event_stream(response))
     {
-        link.stream_answer();
+        bodies.stream_answer();
     }
     if via {
         response.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
@@ -133,8 +133,8 @@ pub async fn header(
     https::insist(exchange, response);
     if exchange.sees_body() {
         unfix_length(request, response)?;
-        if let Some(link) = exchange.link.as_ref().filter(|_| exchange.holds_answer()) {
-            link.hold_answer();
+        if let Some(bodies) = exchange.bodies.as_ref().filter(|_| exchange.holds_answer()) {
+            bodies.hold_answer();
         }
     }
     announce_trailers(exchange, request, response)
@@ -145,7 +145,7 @@ fn is_out_of_place(exchange: &Exchange, status: StatusCode) -> bool {
     if status == StatusCode::SWITCHING_PROTOCOLS {
         // A 101 without a request for it is invalid (RFC 9110 §15.2.2). The client's next bytes are its next request,
         // which must be checked.
-        return exchange.link.is_some();
+        return exchange.bodies.is_some();
     }
     // Over HTTP/2 it would start the other protocol (RFC 9110 §9.3.6).
     let carried = exchange.client.connection.as_ref().is_some_and(|connection| connection.is_carried());
@@ -221,7 +221,8 @@ pub fn trailers(exchange: &mut Exchange, request: &mut RequestHeader, trailers: 
 
 /// Whether the response can have trailers that reach the client. Over HTTP/1, trailers require a chunked body.
 fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &ResponseHeader) -> bool {
-    let come = exchange.link.is_some() && exchange.attempts.channel.tail.as_ref().is_none_or(|tail| tail.is_chunked());
+    let come =
+        exchange.bodies.is_some() && exchange.attempts.channel.tail.as_ref().is_none_or(|tail| tail.is_chunked());
     let go = match request.version {
         Version::HTTP_2 => true,
         Version::HTTP_11 => !response.headers.contains_key(header::CONTENT_LENGTH),
@@ -253,8 +254,8 @@ pub fn ended(exchange: &mut Exchange, request: &mut RequestHeader) {
         self::trailers(exchange, request, &mut fields);
         fields
     });
-    if let (Some(link), Some(trailers)) = (&exchange.link, trailers.filter(|fields| !fields.is_empty())) {
-        link.end_with(trailers);
+    if let (Some(bodies), Some(trailers)) = (&exchange.bodies, trailers.filter(|fields| !fields.is_empty())) {
+        bodies.end_with(trailers);
     }
 }
 

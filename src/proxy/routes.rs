@@ -8,15 +8,15 @@ use std::sync::Arc;
 use super::mirror::Mirror;
 use super::retry::Rules;
 use super::upgrade::Upgrades;
-use crate::client::intake::IntakeTerms;
-use crate::client::wire::Manner;
+use crate::body::request::RequestPolicy;
+use crate::body::response::ResponsePolicy;
 use crate::config;
 use crate::config::route::{BufferMode, Grpc, GrpcWeb, HalfClose};
 use crate::config::server::Resources;
 use crate::eventloop::worker::RouteTag;
 use crate::filter::Chain;
 use crate::metrics::{Metrics, RouteMetrics};
-use crate::party::Patience;
+use crate::party::UpstreamTimeouts;
 use crate::upstream::{Split, Timeouts, Upstream};
 
 /// A route at run time.
@@ -32,9 +32,9 @@ pub struct Route {
     /// Whether its request bodies are held back until they are complete.
     pub holds_bodies: bool,
     /// How its request bodies are received.
-    pub intake: IntakeTerms,
+    pub request_policy: RequestPolicy,
     /// How its responses are sent.
-    pub manner: Manner,
+    pub response_policy: ResponsePolicy,
     /// The mirror that receives copies of its requests.
     pub mirror: Option<Arc<Mirror>>,
     /// Maximum time of a whole exchange.
@@ -112,8 +112,8 @@ impl Route {
             destination,
             grpc: GrpcTerms { on: grpc, only: only_grpc, web: written.grpc_web == GrpcWeb::Bridge },
             holds_bodies: written.buffering.request.mode != BufferMode::Stream,
-            intake: IntakeTerms::build(written, resources, &metrics),
-            manner: Manner::build(written, resources, &metrics),
+            request_policy: RequestPolicy::build(written, resources, &metrics),
+            response_policy: ResponsePolicy::build(written, resources, &metrics),
             write_idle: written.client.write_idle.0,
             half_close_aborts: written.client.half_close == HalfClose::Abort,
             mirror: None,
@@ -126,7 +126,7 @@ impl Route {
     }
 
     /// The time limits of the upstream.
-    pub fn patience(&self, timeouts: Timeouts) -> Patience {
-        Patience { send: timeouts.send, wait: timeouts.wait, receive: timeouts.receive }
+    pub fn patience(&self, timeouts: Timeouts) -> UpstreamTimeouts {
+        UpstreamTimeouts { send: timeouts.send, wait: timeouts.wait, receive: timeouts.receive }
     }
 }

@@ -23,7 +23,7 @@ use crate::upstream::{Choice, Upstream};
 /// Chooses the endpoint of the next attempt, preferably an untried one. Waits for an endpoint with room if needed,
 /// within the exchange's deadline. Returns Pingora's description of the endpoint.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
-    let Some(left) = exchange.deadlines.left(Instant::now()) else { return choose(exchange, client).await };
+    let Some(left) = exchange.deadlines.left() else { return choose(exchange, client).await };
     // The pause and the queue inside watch the client.
     let chosen = Wait::at_most(left, NoClient::Within).on(choose(exchange, client)).await.in_time();
     chosen.unwrap_or_else(|| Err(refused(Fault::new(Party::Gateway, exchange.phase(), What::Overdue))))
@@ -51,21 +51,21 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
         Choice::Full => queue::wait(exchange, client, &upstream).await,
         choice => Ok(choice),
     };
-    let engaged = match choice {
-        Ok(Choice::Engaged(engaged)) => engaged,
+    let lease = match choice {
+        Ok(Choice::Leased(lease)) => lease,
         Ok(Choice::Away(time)) => return Err(away(exchange, &upstream, time)),
         Ok(Choice::Full | Choice::NoEndpoint) => return Err(none_left(exchange, &upstream)),
         Err(fault) => return Err(reject(&upstream, blame::row(fault).refusal).into()),
     };
-    let endpoint = engaged.endpoint().clone();
+    let endpoint = lease.endpoint().clone();
     let now = exchange.enter(Phase::Connect);
-    exchange.engage(upstream, engaged, now);
-    let mut peer = endpoint.peer_for(|| exchange.client.parties());
+    exchange.lease(upstream, lease, now);
+    let mut peer = endpoint.peer_for(|| exchange.client.addresses());
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let Some(route) = &exchange.routing.route {
         exchange.deadlines.begin_attempt(route.retry.per_try_timeout(), &mut peer, now);
-        if exchange.link.is_some() {
-            exchange.deadlines.leave_clocks_to_session(route.intake.total, http1, &mut peer);
+        if exchange.bodies.is_some() {
+            exchange.deadlines.leave_clocks_to_session(route.request_policy.total, http1, &mut peer);
         }
     }
     if exchange.attempts.takes_fresh_connection() {

@@ -55,7 +55,7 @@ pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut Request
     if let Some(traced) = &exchange.traced {
         pass_on(traced.place, traced.notes.as_ref().and_then(|notes| notes.span()), request)?;
     }
-    if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
+    if let Some(length) = exchange.bodies.as_ref().and_then(|bodies| bodies.length()) {
         // A complete body has a known length, whatever the client announced. Over HTTP/1, trailers require chunks.
         let body = if http1 && exchange.request.trailers.is_some() { Body::Chunked } else { Body::Length(length) };
         framing::request::apply(body, request)?;
@@ -103,7 +103,7 @@ fn into_down(error: Box<Error>) -> Box<Error> {
 pub fn note_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     let noted = match &exchange.client.control {
         Some(control) => control.take_trailers(),
-        None => exchange.link.as_ref().and_then(|link| link.take_request_trailers()),
+        None => exchange.bodies.as_ref().and_then(|bodies| bodies.take_request_trailers()),
     };
     if let Some(mut fields) = noted {
         trailers::strip(&mut fields, exchange.request.grpc.is_some());
@@ -135,7 +135,7 @@ pub fn prepare_trailers(
     has_body: bool,
 ) -> Result<()> {
     let to_http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
-    let may_come = match exchange.link.as_ref().and_then(|link| link.length()) {
+    let may_come = match exchange.bodies.as_ref().and_then(|bodies| bodies.length()) {
         // The body is complete, and so are its trailers.
         Some(_) => exchange.request.trailers.is_some(),
         None => exchange.client.control.is_some() || client.headers.contains_key(header::TRANSFER_ENCODING),
@@ -167,7 +167,7 @@ pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
     if exchange.routing.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
         let stream = StreamHandle::default();
         request.extensions_mut().insert(stream.clone());
-        exchange.link.iter().for_each(|link| link.set_stream(stream.clone()));
+        exchange.bodies.iter().for_each(|bodies| bodies.set_stream(stream.clone()));
         exchange.attempts.channel.stream = Some(stream);
     }
 }
@@ -245,13 +245,13 @@ pub fn ended(exchange: &mut Exchange) {
     } else {
         Instant::now()
     };
-    if let Some(link) = &exchange.link {
-        link.request_sent(now);
+    if let Some(bodies) = &exchange.bodies {
+        bodies.request_sent(now);
         // A streamed request is complete now.
         exchange.request_is_whole(|| now);
     }
     if let Some(copy) = exchange.copy.take() {
-        copy.send(exchange.client.parties());
+        copy.send(exchange.client.addresses());
     }
 }
 

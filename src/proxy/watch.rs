@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use futures::FutureExt;
 
-use crate::client::broken::{Leaving, Look};
+use crate::client::broken::{CloseCheck, Leaving};
 use crate::client::http2::Control;
 use crate::client::stream::Bypass;
 use crate::error::{Refusal, refusal};
 use crate::filter::Verdict;
-use crate::party::wait::{Ended, Eye, Wait};
+use crate::party::wait::{ClientWatch, Ended, Wait};
 
 /// A watch of the client; see the module.
 pub struct Watch {
@@ -21,15 +21,15 @@ pub struct Watch {
     socket: Option<RawFd>,
     aborts: bool,
     /// The path past the session, which knows how much of the body is unread.
-    way: Option<Bypass>,
-    look: Look,
+    bypass: Option<Bypass>,
+    look: CloseCheck,
 }
 
 impl Watch {
     /// Watches an HTTP/2 stream, or the socket of a connection. `aborts`: a client that closes its sending side has
-    /// left. `way` knows how much of the body is unread.
-    pub fn new(control: Option<Control>, socket: Option<RawFd>, aborts: bool, way: Option<Bypass>) -> Watch {
-        Watch { control, socket, aborts, way, look: Look::default() }
+    /// left. `bypass` knows how much of the body is unread.
+    pub fn new(control: Option<Control>, socket: Option<RawFd>, aborts: bool, bypass: Option<Bypass>) -> Watch {
+        Watch { control, socket, aborts, bypass, look: CloseCheck::default() }
     }
 
     /// Returns the verdict of filters, or the refusal `left` once the client has left. Watches only while the filters
@@ -48,7 +48,7 @@ impl Watch {
     }
 }
 
-impl Eye for Watch {
+impl ClientWatch for Watch {
     type Left = ();
 
     /// Ready once the client has reset its stream, or has left.
@@ -56,9 +56,9 @@ impl Eye for Watch {
         if let Some(control) = &self.control {
             return control.poll_closed(cx).map(drop);
         }
-        match (&self.way, self.socket) {
+        match (&self.bypass, self.socket) {
             (_, Some(socket)) if self.aborts => self.look.poll(cx, socket, Leaving::Ended).map(drop),
-            (Some(way), _) => way.poll_left(cx).map(drop),
+            (Some(bypass), _) => bypass.poll_left(cx).map(drop),
             (None, Some(socket)) => self.look.poll(cx, socket, Leaving::Broken).map(drop),
             (None, None) => Poll::Pending,
         }

@@ -1,7 +1,7 @@
 //! Phase `write`: sends Forebay's own responses, and cuts responses so that the client cannot take them for complete.
 //!
-//! `client::wire` writes the upstream's response. This module waits for the client to accept the rest after the
-//! upstream was released, and writes refusals and the responses of filters.
+//! `body::response` writes the upstream's response. This module waits for the client to accept the rest after
+//! the upstream was released, and writes refusals and the responses of filters.
 
 use std::time::Instant;
 
@@ -157,15 +157,15 @@ fn set_length(response: &mut ResponseHeader, body: &Bytes) -> Result<()> {
 /// Waits until the client has accepted the rest of the response. The endpoint is already released; the duration is the
 /// time that buffering saved it.
 pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>, released: Instant) {
-    let Some(link) = exchange.link.clone().filter(|link| link.stands_in() && exchange.refusal.is_none()) else {
+    let Some(bodies) = exchange.bodies.clone().filter(|bodies| bodies.stands_in() && exchange.refusal.is_none()) else {
         return;
     };
     exchange.enter_at(Phase::Write, released);
-    let drained = link.drain().await;
+    let drained = bodies.drain().await;
     if exchange.attempts.busy.held.is_some() {
         exchange.attempts.busy.saved = released.elapsed();
     }
-    if drained.is_ok() && link.reclaim(client) {
+    if drained.is_ok() && bodies.reclaim(client) {
         return;
     }
     let error = drained.err().unwrap_or_else(|| Error::new_down(ErrorType::WriteError));
@@ -177,15 +177,15 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>, rel
 /// Cuts a response whose bytes were sent, so that the client cannot take it for complete. `false`: no bytes were sent,
 /// and the client's own session is restored, so that another response can be sent.
 pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
-    if let Some(link) = &exchange.link
-        && link.stands_in()
+    if let Some(bodies) = &exchange.bodies
+        && bodies.stands_in()
     {
-        if link.begun() && !link.framed() && !link.is_http2() {
+        if bodies.begun() && !bodies.framed() && !bodies.is_http2() {
             // This must precede dropping the write in progress together with its connection.
             exchange.client.connection.iter().for_each(|connection| connection.close_with_reset());
         }
-        link.abandon();
-        if !link.reclaim(client) {
+        bodies.abandon();
+        if !bodies.reclaim(client) {
             reset(exchange, error);
             return true;
         }

@@ -121,8 +121,8 @@ impl<T> Policy<T> {
     }
 
     /// Whether a new connection must wait for a grant: others wait already, or their class has no time left.
-    pub fn defers_newcomer(&mut self, now: Instant) -> bool {
-        let class = Class::Newcomer as usize;
+    pub fn defers_connection(&mut self, now: Instant) -> bool {
+        let class = Class::NewConnection as usize;
         let defers = !(self.queues[class].is_empty() && self.allowances[class].has_credit(now));
         if defers {
             self.arrival = Some(now);
@@ -153,7 +153,7 @@ impl<T> Policy<T> {
                 allowance.count_grant();
                 give(Granted { who, class, overdue: true });
             }
-            let boost = boost.filter(|_| class == Class::Newcomer);
+            let boost = boost.filter(|_| class == Class::NewConnection);
             for _ in 0..allowance.end_round(lag, boost, now) {
                 let Some(who) = queue.next(no_disk) else { break };
                 allowance.count_grant();
@@ -242,23 +242,23 @@ mod tests {
         let (mut policy, now) = (Policy::new(WAIT_MAX), Instant::now());
         policy.charge(Class::Spool, Duration::from_secs(1));
         policy.push('s', Class::Spool, 1, false, now);
-        policy.push('p', Class::Pass, u64::MAX, false, now);
+        policy.push('p', Class::Transfer, u64::MAX, false, now);
         assert_eq!(round(&mut policy, now, false).0, "p");
     }
 
     #[test]
     fn a_few_new_connections_continue_at_once_and_a_crowd_in_the_order_of_arrival() {
         let (mut policy, now) = (Policy::new(WAIT_MAX), Instant::now());
-        assert!(!policy.defers_newcomer(now));
-        policy.charge(Class::Newcomer, Duration::from_millis(1));
+        assert!(!policy.defers_connection(now));
+        policy.charge(Class::NewConnection, Duration::from_millis(1));
         for who in 'a'..='z' {
-            assert!(policy.defers_newcomer(now));
-            policy.push(who, Class::Newcomer, 0, false, now);
+            assert!(policy.defers_connection(now));
+            policy.push(who, Class::NewConnection, 0, false, now);
         }
         let rounds = (1..).map(|number| round(&mut policy, now + number * Duration::from_millis(1), false));
         let order: String = rounds.map_while(|(granted, pause)| pause.map(|_| granted)).collect();
         assert!(('a'..='z').collect::<String>().starts_with(&order) && order.len() > 13, "{order}");
-        assert!(!policy.defers_newcomer(now + ARRIVAL), "no connection waits any more");
+        assert!(!policy.defers_connection(now + ARRIVAL), "no connection waits any more");
     }
 
     #[test]
@@ -267,8 +267,8 @@ mod tests {
         let crowded = |policy: &Policy<char>, bulk, now| policy.is_crowded(bulk, || now);
         assert!(!crowded(&policy, FREE_BULK, now));
         assert!(crowded(&policy, FREE_BULK + 1, now));
-        policy.charge(Class::Newcomer, Duration::from_millis(1));
-        assert!(policy.defers_newcomer(now));
+        policy.charge(Class::NewConnection, Duration::from_millis(1));
+        assert!(policy.defers_connection(now));
         assert!(!crowded(&policy, FREE_BULK_IN_ARRIVAL, now));
         assert!(crowded(&policy, FREE_BULK_IN_ARRIVAL + 1, now));
         assert!(!crowded(&policy, FREE_BULK, now + ARRIVAL));

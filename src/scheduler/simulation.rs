@@ -171,12 +171,12 @@ impl Worker {
     }
 
     fn newcomer(&mut self, polls: u32, granted: bool) {
-        let waits = self.scheduling != Scheduling::None && !granted && self.policy.defers_newcomer(self.now);
+        let waits = self.scheduling != Scheduling::None && !granted && self.policy.defers_connection(self.now);
         if waits {
-            return self.request(Task::Newcomer { polls, granted: true }, Class::Newcomer, 0);
+            return self.request(Task::Newcomer { polls, granted: true }, Class::NewConnection, 0);
         }
         self.now += NEWCOMER;
-        self.policy.charge(Class::Newcomer, NEWCOMER);
+        self.policy.charge(Class::NewConnection, NEWCOMER);
         if polls + 1 < NEWCOMER_POLLS {
             return self.ready.push_back(Task::Newcomer { polls: polls + 1, granted: false });
         }

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 
 use super::{CURRENT, Class, Grant, Schedulers};
-use crate::eventloop::worker::{self, Spot, Word};
-use crate::party::wait::Eye;
+use crate::eventloop::worker::{self, Activity, PhaseOrFilter};
+use crate::party::wait::ClientWatch;
 use crate::phase::Phase;
 
 /// How long a cancelled exchange may take to end by itself: to tell its client, or to release its endpoint.
@@ -22,7 +22,7 @@ pub const CANCEL_GRACE: Duration = Duration::from_millis(500);
 
 /// The client of an exchange, as the scheduler sees it. It detects that the client leaves while its exchange waits for
 /// a grant.
-pub trait Client: Eye {
+pub trait Client: ClientWatch {
     /// Whether this is the first exchange of a connection, and its response has not begun.
     fn is_new(&self) -> bool;
 }
@@ -76,7 +76,7 @@ pub struct Abandoned;
 fn payer(is_new: bool, work: Work) -> Option<Class> {
     match work {
         Work::Granted(class) => Some(class),
-        Work::Small | Work::Bulk => is_new.then_some(Class::Newcomer),
+        Work::Small | Work::Bulk => is_new.then_some(Class::NewConnection),
     }
 }
 
@@ -93,7 +93,7 @@ pub struct ExchangeTask<F, C> {
     control: Option<Arc<dyn ExchangeControl>>,
     spent: Duration,
     /// Its place when it was last polled.
-    at: Word,
+    at: Activity,
     cancelled: bool,
     /// The timer that starts when it is cancelled.
     grace: Option<Pin<Box<Sleep>>>,
@@ -121,7 +121,7 @@ impl<F, C: Client> ExchangeTask<F, C> {
             turn: Turn::Next,
             control: None,
             spent: Duration::ZERO,
-            at: Word::at(Spot::phase(Phase::Header)),
+            at: Activity::at(PhaseOrFilter::phase(Phase::Header)),
             cancelled: false,
             grace: None,
         }
@@ -173,7 +173,7 @@ impl<F, C: Client> ExchangeTask<F, C> {
     /// Ready when an exchange on a new connection may be polled.
     fn poll_turn(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         if let Turn::Next = self.turn
-            && let Some(grant) = self.schedulers.here().request_for_newcomer(now)
+            && let Some(grant) = self.schedulers.here().request_for_connection(now)
         {
             self.turn = Turn::Asked(grant);
         }
@@ -269,7 +269,7 @@ mod tests {
     /// A client that is new as long as this is true.
     struct Arriving(Arc<AtomicBool>);
 
-    impl Eye for Arriving {
+    impl ClientWatch for Arriving {
         type Left = ();
 
         fn poll_left(&mut self, _: &mut Context<'_>) -> Poll<()> {
@@ -322,7 +322,7 @@ mod tests {
             polls += 1;
             if polls == 4 { Poll::Ready(()) } else { Poll::Pending }
         });
-        scheduler.charge(Class::Newcomer, Duration::from_secs(1));
+        scheduler.charge(Class::NewConnection, Duration::from_secs(1));
         let mut task = ExchangeTask::new(future, Arriving(new.clone()), schedulers).continues();
         assert!(poll(&mut task).is_pending());
         assert_eq!(waiting(&scheduler), 0, "the first poll continues another one");
@@ -376,7 +376,7 @@ mod tests {
         let header = charged(&scheduler);
         assert!(header[0] >= POLL && header[1..] == [Duration::ZERO; 2], "{header:?}");
 
-        *control.0.lock().expect("no panic") = Work::Granted(Class::Pass);
+        *control.0.lock().expect("no panic") = Work::Granted(Class::Transfer);
         // The upload has its grant; its poll may wait for one more as a new connection.
         while charged(&scheduler)[1].is_zero() {
             let _ = poll(&mut task);
@@ -395,7 +395,7 @@ mod tests {
             assert_eq!([false, true].map(|is_new| payer(is_new, Work::Granted(class))), [Some(class); 2]);
         }
         for work in [Work::Small, Work::Bulk] {
-            assert_eq!([false, true].map(|is_new| payer(is_new, work)), [None, Some(Class::Newcomer)]);
+            assert_eq!([false, true].map(|is_new| payer(is_new, work)), [None, Some(Class::NewConnection)]);
         }
     }
 
@@ -458,7 +458,7 @@ mod tests {
     #[tokio::test]
     async fn a_cancelled_exchange_does_not_wait_for_a_grant() {
         let schedulers = schedulers();
-        schedulers.here().charge(Class::Newcomer, Duration::from_secs(1));
+        schedulers.here().charge(Class::NewConnection, Duration::from_secs(1));
         let mut polls = 0;
         let future = std::future::poll_fn(|_| {
             polls += 1;

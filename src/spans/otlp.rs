@@ -1,4 +1,4 @@
-//! Converts stories to spans and exports them with OTLP over HTTP, on its own thread.
+//! Converts traces to spans and exports them with OTLP over HTTP, on its own thread.
 //!
 //! An exchange is a span of kind SERVER; its attempts are child spans of kind CLIENT. Phases are INTERNAL spans
 //! below their attempt, or else below the exchange; filter steps are below their phase, and requests sent by
@@ -19,7 +19,7 @@ use opentelemetry_sdk::trace::{SpanData, SpanExporter as _};
 use tokio::runtime::{Builder, Runtime};
 
 use super::queue::Queue;
-use super::{Attempt, SpanId, Story};
+use super::{Attempt, SpanId, TraceData};
 use crate::config::server::Tracing;
 use crate::metrics::{Metrics, SpanMetrics};
 use crate::party::wait::{NoClient, within};
@@ -40,10 +40,10 @@ pub fn start(settings: &Tracing, queue: Arc<Queue>, metrics: SpanMetrics) -> Res
     let (gather, patience) = (settings.interval.0, settings.timeout.0);
     let mut sender = Sender { exporter, runtime, patience, metrics, failing: false };
     let run = move || {
-        while let Some(stories) = queue.take(gather) {
+        while let Some(traces) = queue.take(gather) {
             let mut batch = Vec::with_capacity(BATCH_SPANS);
-            for story in stories {
-                spans(story, &scope, &mut batch);
+            for trace in traces {
+                spans(trace, &scope, &mut batch);
                 if batch.len() >= BATCH_SPANS {
                     sender.send(std::mem::take(&mut batch));
                 }
@@ -107,29 +107,29 @@ impl Sender {
 }
 
 /// Converts one exchange to spans.
-fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
-    let state = story.state.as_ref().and_then(|state| state.to_str().ok()?.parse().ok()).unwrap_or_default();
-    let (ended, when) = story.ended;
-    let form = Form { story: &story, state, scope, ended, when };
-    let notes = &story.notes;
-    let begun = story.phases().next().map_or(ended, |span| span.begin.tick.at);
-    let context = story.context;
+fn spans(trace: TraceData, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
+    let state = trace.state.as_ref().and_then(|state| state.to_str().ok()?.parse().ok()).unwrap_or_default();
+    let (ended, when) = trace.ended;
+    let form = Form { trace: &trace, state, scope, ended, when };
+    let notes = &trace.notes;
+    let begun = trace.phases().next().map_or(ended, |span| span.begin.tick.at);
+    let context = trace.context;
 
-    let mut server = form.span(context.span, context.parent, SpanKind::Server, story.server_name(), begun, ended);
+    let mut server = form.span(context.span, context.parent, SpanKind::Server, trace.server_name(), begun, ended);
     server.parent_span_is_remote = context.parent.is_some();
-    server.attributes = story.server_attributes();
-    server.status = story.server_status();
+    server.attributes = trace.server_attributes();
+    server.status = trace.server_status();
     into.push(server);
 
     for (index, attempt) in notes.attempts.iter().enumerate() {
-        let (name, until) = (format!("{} {}", method(&story.method), attempt.upstream), attempt.ended.unwrap_or(ended));
+        let (name, until) = (format!("{} {}", method(&trace.method), attempt.upstream), attempt.ended.unwrap_or(ended));
         let mut span = form.span(attempt.span, Some(context.span), SpanKind::Client, name, attempt.begun, until);
-        span.attributes = attempt.attributes(&story.method, index);
+        span.attributes = attempt.attributes(&trace.method, index);
         span.status = attempt.outcome();
         into.push(span);
     }
     let mut phases: Vec<(Instant, SpanId)> = Vec::new();
-    for visit in story.phases() {
+    for visit in trace.phases() {
         let (phase, since, until) = (visit.phase, visit.begin.tick.at, visit.end.tick.at);
         let of_attempt = matches!(phase, Phase::Connect | Phase::Send | Phase::Wait | Phase::Receive);
         let attempt = notes.attempts.iter().rev().find(|attempt| of_attempt && attempt.begun <= since);
@@ -143,7 +143,7 @@ fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
         span.attributes.extend(worker.map(|worker| KeyValue::new("forebay.worker", worker)));
         into.push(span);
     }
-    for step in story.journal.steps().0 {
+    for step in trace.journal.steps().0 {
         let phase = phases.iter().rev().find(|(since, _)| *since <= step.begin);
         let parent = phase.map_or(context.span, |(_, id)| *id);
         let kind = if step.upstream.is_some() { SpanKind::Client } else { SpanKind::Internal };
@@ -165,7 +165,7 @@ fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
 
 /// Common data of all spans of an exchange.
 struct Form<'s> {
-    story: &'s Story,
+    trace: &'s TraceData,
     state: TraceState,
     scope: &'s InstrumentationScope,
     ended: Instant,
@@ -182,7 +182,7 @@ impl Form<'_> {
         begun: Instant,
         ended: Instant,
     ) -> SpanData {
-        let (trace, flags) = (self.story.context.trace.0.into(), TraceFlags::SAMPLED);
+        let (trace, flags) = (self.trace.context.trace.0.into(), TraceFlags::SAMPLED);
         SpanData {
             span_context: SpanContext::new(trace, id.into(), flags, false, self.state.clone()),
             parent_span_id: parent.map_or(opentelemetry::SpanId::INVALID, |SpanId(id)| id.into()),
@@ -206,7 +206,7 @@ impl Form<'_> {
     }
 }
 
-impl Story {
+impl TraceData {
     fn server_name(&self) -> String {
         format!("{} {}", method(&self.method), self.route)
     }
@@ -331,7 +331,7 @@ fn address(written: &str) -> Vec<KeyValue> {
 pub(super) mod tests {
     use opentelemetry::Value;
 
-    use super::super::{Context, Notes, TraceId};
+    use super::super::{AttemptNotes, Context, TraceId};
     use super::*;
     use crate::error::refusal;
     use crate::phase::journal::{Journal, Note, Tick};
@@ -341,13 +341,13 @@ pub(super) mod tests {
     }
 
     /// A request that succeeded at the second attempt, after 10 ms.
-    pub fn story() -> Story {
+    pub fn trace() -> TraceData {
         let begin = Instant::now();
         let note = |at| Note::early(Tick { at: begin + ms(at), cycle: None });
         let mut journal = Journal::begin(Phase::Accept, Note::early(Tick { at: begin - ms(5), cycle: None }));
         journal.enter(Phase::Header, note(0));
         journal.enter(Phase::Route, note(1));
-        let mut notes = Box::new(Notes::default());
+        let mut notes = Box::new(AttemptNotes::default());
         for (attempt, at) in [("10.0.0.1:80", 2), ("[::1]:81", 5)] {
             journal.enter(Phase::Select, note(at));
             journal.enter(Phase::Connect, note(at));
@@ -364,7 +364,7 @@ pub(super) mod tests {
         journal.end(note(10));
         let second = notes.present().expect("it has not ended");
         (second.reused, second.status, second.ended) = (Some(true), Some(200), Some(begin + ms(9)));
-        Story {
+        TraceData {
             context: Context { trace: TraceId(1), span: SpanId(2), parent: Some(SpanId(3)), sampled: true },
             notes,
             journal: Box::new(journal),
@@ -387,9 +387,9 @@ pub(super) mod tests {
         }
     }
 
-    fn made(story: Story) -> Vec<SpanData> {
+    fn made(trace: TraceData) -> Vec<SpanData> {
         let mut made = Vec::new();
-        spans(story, &InstrumentationScope::builder("test").build(), &mut made);
+        spans(trace, &InstrumentationScope::builder("test").build(), &mut made);
         made
     }
 
@@ -399,7 +399,7 @@ pub(super) mod tests {
 
     #[test]
     fn phases_lie_below_their_attempt_and_attempts_below_the_exchange() {
-        let spans = made(story());
+        let spans = made(trace());
         let name_of = |id| spans.iter().find(|span| span.span_context.span_id() == id).map(|span| &*span.name);
         let tree: Vec<_> = spans.iter().map(|span| (&*span.name, name_of(span.parent_span_id))).collect();
         assert_eq!(tree[..3], [("GET all", None), ("GET app", Some("GET all")), ("GET app", Some("GET all"))]);
@@ -419,7 +419,7 @@ pub(super) mod tests {
 
     #[test]
     fn times_are_those_of_the_clock_on_the_wall_and_phases_lie_end_to_end() {
-        let spans = made(story());
+        let spans = made(trace());
         let at = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).expect("after it").as_millis();
         assert_eq!((at(spans[0].start_time), at(spans[0].end_time)), (1_000, 1_010));
         let phases: Vec<_> = spans.iter().filter(|span| span.span_kind == SpanKind::Internal).collect();
@@ -429,7 +429,7 @@ pub(super) mod tests {
 
     #[test]
     fn attributes_are_those_of_the_conventions() {
-        let spans = made(story());
+        let spans = made(trace());
         for (key, value) in [
             ("http.request.method", "GET".into()),
             ("url.scheme", "http".into()),
@@ -456,7 +456,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_failure_of_ours_is_an_error_and_one_of_the_client_is_none() {
-        let status = |status, refusal| made(Story { status, refusal, ..story() }).remove(0).status;
+        let status = |status, refusal| made(TraceData { status, refusal, ..trace() }).remove(0).status;
         assert_eq!(status(404, None), Status::Unset);
         assert_eq!(status(503, None), Status::error(""));
         assert_eq!(status(504, Some(&refusal::WAIT_TIMEOUT)), Status::error("wait.timeout"));
@@ -466,7 +466,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_method_of_a_strangers_own_makes_no_name_of_its_own() {
-        let spans = made(Story { method: Method::from_bytes(b"BREW").expect("a method"), ..story() });
+        let spans = made(TraceData { method: Method::from_bytes(b"BREW").expect("a method"), ..trace() });
         assert_eq!(spans[0].name, "HTTP all");
         assert_eq!(attribute(&spans[0], "http.request.method"), Some("_OTHER".into()));
         assert_eq!(attribute(&spans[0], "http.request.method_original"), Some("BREW".into()));

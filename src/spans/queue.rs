@@ -1,13 +1,13 @@
-//! The queue of stories before the exporting thread.
+//! The queue of traces before the exporting thread.
 //!
-//! A worker holds the lock for one push. The thread is woken by the first story and when the queue is half full,
-//! and takes all stories at once.
+//! A worker holds the lock for one push. The thread is woken by the first trace and when the queue is half full,
+//! and takes all traces at once.
 
 use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::Story;
+use super::TraceData;
 
 /// Shared by workers and the thread.
 pub struct Queue {
@@ -21,7 +21,7 @@ pub struct Queue {
 
 #[derive(Default)]
 struct Waiting {
-    stories: Vec<Story>,
+    traces: Vec<TraceData>,
     closing: bool,
     closed: bool,
 }
@@ -32,14 +32,14 @@ impl Queue {
         Queue { waiting: Mutex::default(), most, work: Condvar::new(), end: Condvar::new() }
     }
 
-    /// Adds a story; `false` if the queue is full.
-    pub fn push(&self, story: Story) -> bool {
+    /// Adds a trace; `false` if the queue is full.
+    pub fn push(&self, trace: TraceData) -> bool {
         let mut waiting = self.lock();
-        if waiting.closing || waiting.stories.len() >= self.most {
+        if waiting.closing || waiting.traces.len() >= self.most {
             return false;
         }
-        waiting.stories.push(story);
-        let there = waiting.stories.len();
+        waiting.traces.push(trace);
+        let there = waiting.traces.len();
         drop(waiting);
         if there == 1 || there == self.hurry() {
             self.work.notify_one();
@@ -52,7 +52,7 @@ impl Queue {
         self.most.div_ceil(2)
     }
 
-    /// Accepts no more stories and waits until all are exported; `false` on timeout. Only the first call waits.
+    /// Accepts no more traces and waits until all are exported; `false` on timeout. Only the first call waits.
     pub fn close(&self, patience: Duration) -> bool {
         let mut waiting = self.lock();
         if mem::replace(&mut waiting.closing, true) {
@@ -63,15 +63,15 @@ impl Queue {
         waited.unwrap_or_else(PoisonError::into_inner).0.closed
     }
 
-    /// Waits for stories, lets some gather, and takes all; `None` after the queue was closed.
+    /// Waits for traces, lets some gather, and takes all; `None` after the queue was closed.
     #[cfg(feature = "otel")]
-    pub fn take(&self, gather: Duration) -> Option<Vec<Story>> {
-        let idle = |waiting: &mut Waiting| waiting.stories.is_empty() && !waiting.closing;
+    pub fn take(&self, gather: Duration) -> Option<Vec<TraceData>> {
+        let idle = |waiting: &mut Waiting| waiting.traces.is_empty() && !waiting.closing;
         let waiting = self.work.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
-        let few = |waiting: &mut Waiting| waiting.stories.len() < self.hurry() && !waiting.closing;
+        let few = |waiting: &mut Waiting| waiting.traces.len() < self.hurry() && !waiting.closing;
         let gathered = self.work.wait_timeout_while(waiting, gather, few);
-        let stories = mem::take(&mut gathered.unwrap_or_else(PoisonError::into_inner).0.stories);
-        (!stories.is_empty()).then_some(stories)
+        let traces = mem::take(&mut gathered.unwrap_or_else(PoisonError::into_inner).0.traces);
+        (!traces.is_empty()).then_some(traces)
     }
 
     /// The thread has ended.
@@ -89,27 +89,27 @@ impl Queue {
 
 #[cfg(all(test, feature = "otel"))]
 mod tests {
-    use super::super::otlp::tests::story;
+    use super::super::otlp::tests::trace;
     use super::*;
 
     #[test]
     fn a_full_queue_takes_no_more_until_it_is_emptied() {
         let queue = Queue::new(2);
-        assert!(queue.push(story()) && queue.push(story()));
-        assert!(!queue.push(story()));
-        assert_eq!(queue.take(Duration::ZERO).map(|stories| stories.len()), Some(2));
-        assert!(queue.push(story()));
+        assert!(queue.push(trace()) && queue.push(trace()));
+        assert!(!queue.push(trace()));
+        assert_eq!(queue.take(Duration::ZERO).map(|traces| traces.len()), Some(2));
+        assert!(queue.push(trace()));
     }
 
     #[test]
     fn what_is_queued_at_the_end_is_taken_and_nothing_after() {
         let queue = Queue::new(8);
-        assert!(queue.push(story()));
+        assert!(queue.push(trace()));
         std::thread::scope(|scope| {
             let closing = scope.spawn(|| queue.close(Duration::from_secs(10)));
-            assert_eq!(queue.take(Duration::from_secs(10)).map(|stories| stories.len()), Some(1));
+            assert_eq!(queue.take(Duration::from_secs(10)).map(|traces| traces.len()), Some(1));
             assert!(queue.take(Duration::from_secs(10)).is_none());
-            assert!(!queue.push(story()));
+            assert!(!queue.push(trace()));
             queue.ended();
             assert!(closing.join().expect("no panic"));
         });

@@ -1,8 +1,8 @@
 //! The limits of all spools together in memory and on disk, and the reactions when memory runs short.
 //!
-//! A spool owns a [`Share`] and reports every byte that it takes or releases; the [`Budget`] has the sums. There are
-//! three steps as memory fills. *Spill*, from three quarters: spools keep no new bytes in memory that they could write
-//! to disk. *Pause*, from fifteen sixteenths: spools take no more bytes until some are released. *Shed*, from the
+//! A spool owns a [`Reservation`] and reports every byte that it takes or releases; the [`Budget`] has the sums. There
+//! are three steps as memory fills. *Spill*, from three quarters: spools keep no new bytes in memory that they could
+//! write to disk. *Pause*, from fifteen sixteenths: spools take no more bytes until some are released. *Shed*, from the
 //! limit, which first pieces can still reach: new exchanges are refused by the proxy.
 //!
 //! Responses may be limited to a part of all this, so that some is left for uploads, and each client to a part in each
@@ -150,7 +150,7 @@ impl Budget {
 
     fn shrink_memory(&self, bytes: u64) {
         let before = self.memory.release(bytes);
-        debug_assert!(before >= bytes, "a share released more than it had");
+        debug_assert!(before >= bytes, "a reservation released more than it had");
         let after = before.wrapping_sub(bytes);
         if before >= self.all.spill_at && after < self.all.spill_at {
             self.metrics.spill.now.dec();
@@ -277,26 +277,26 @@ fn take(counter: &AtomicU64, more: u64, admits: impl Fn(u64) -> Result<(), Denia
 }
 
 /// The part of the budget that one spool holds; released on drop.
-pub struct Share {
+pub struct Reservation {
     owner: Owner,
     memory: u64,
     disk: u64,
 }
 
-impl Share {
-    /// Creates an empty share, on the account of a client if it has one.
+impl Reservation {
+    /// Creates an empty reservation, on the account of a client if it has one.
     pub fn new(budget: &Arc<Budget>, direction: Direction, account: Option<&Arc<Account>>) -> Self {
         let owner = Owner { budget: budget.clone(), direction, account: account.cloned() };
-        Share { owner, memory: 0, disk: 0 }
+        Reservation { owner, memory: 0, disk: 0 }
     }
 
-    /// Creates another empty share of the same owner.
+    /// Creates another empty reservation of the same owner.
     pub fn another(&self) -> Self {
         self.part(0, 0)
     }
 
     fn part(&self, memory: u64, disk: u64) -> Self {
-        Share { owner: self.owner.clone(), memory, disk }
+        Reservation { owner: self.owner.clone(), memory, disk }
     }
 
     /// Bytes in memory.
@@ -330,7 +330,7 @@ impl Share {
     /// is dropped.
     ///
     /// Waiters are woken one after the other while there is room: take the memory before the next wait, or check
-    /// [`Share::is_full`] again.
+    /// [`Reservation::is_full`] again.
     pub fn room(&self) -> Wait<()> {
         let owner = self.owner.clone();
         Box::pin(async move {
@@ -344,7 +344,7 @@ impl Share {
         })
     }
 
-    /// Takes bytes of memory. It always succeeds, since the bytes already exist: check [`Share::is_full`] before
+    /// Takes bytes of memory. It always succeeds, since the bytes already exist: check [`Reservation::is_full`] before
     /// receiving them.
     pub fn grow_memory(&mut self, bytes: u64) {
         self.memory += bytes;
@@ -383,22 +383,22 @@ impl Share {
         Ok(())
     }
 
-    /// Moves bytes of memory into a share of their own, for their new holder.
-    pub fn split_memory(&mut self, bytes: u64) -> Share {
+    /// Moves bytes of memory into a reservation of their own, for their new holder.
+    pub fn split_memory(&mut self, bytes: u64) -> Reservation {
         debug_assert!(self.memory >= bytes, "a spool gave away more than it had");
         let bytes = bytes.min(self.memory);
         self.memory -= bytes;
         self.part(bytes, 0)
     }
 
-    /// Moves all of the disk into a share of its own.
-    pub fn split_disk(&mut self) -> Share {
+    /// Moves all of the disk into a reservation of its own.
+    pub fn split_disk(&mut self) -> Reservation {
         let disk = std::mem::take(&mut self.disk);
         self.part(0, disk)
     }
 
-    /// Adds the memory of another share of the same owner.
-    pub fn join(&mut self, mut other: Share) {
+    /// Adds the memory of another reservation of the same owner.
+    pub fn join(&mut self, mut other: Reservation) {
         debug_assert!(self.owner.direction == other.owner.direction && other.disk == 0);
         self.memory += std::mem::take(&mut other.memory);
     }
@@ -408,7 +408,7 @@ impl Share {
     }
 }
 
-impl Drop for Share {
+impl Drop for Reservation {
     fn drop(&mut self) {
         let memory = self.memory;
         self.shrink_memory(memory);
@@ -458,8 +458,8 @@ mod tests {
     fn the_gauges_follow_what_is_held_and_a_share_that_is_dropped_holds_nothing() {
         let (budget, metrics) = budget(RESOURCES);
         let gauges = || [&metrics.memory, &metrics.disk].map(|gauge| [gauge[0].get(), gauge[1].get()]);
-        let mut request = Share::new(&budget, Direction::Request, None);
-        let mut response = Share::new(&budget, Direction::Response, None);
+        let mut request = Reservation::new(&budget, Direction::Request, None);
+        let mut response = Reservation::new(&budget, Direction::Response, None);
         request.grow_memory(100);
         response.grow_memory(30);
         response.shrink_memory(10);
@@ -469,7 +469,7 @@ mod tests {
         assert_eq!((budget.memory(), budget.disk()), (120, 600));
         drop(part);
         assert_eq!((request.memory(), budget.memory()), (60, 80));
-        request.join(Share::new(&budget, Direction::Request, None));
+        request.join(Reservation::new(&budget, Direction::Request, None));
         drop((request, response));
         assert_eq!(gauges(), [[0, 0], [0, 600]]);
         drop(file);
@@ -479,7 +479,7 @@ mod tests {
     #[test]
     fn the_disk_ends_at_its_limit() {
         let (budget, _) = budget(RESOURCES);
-        let [mut one, mut other] = [(); 2].map(|()| Share::new(&budget, Direction::Request, None));
+        let [mut one, mut other] = [(); 2].map(|()| Reservation::new(&budget, Direction::Request, None));
         assert_eq!(one.grow_disk(900), Ok(()));
         assert_eq!(other.grow_disk(101), Err(Denial::All));
         assert_eq!(other.grow_disk(100), Ok(()));
@@ -490,14 +490,14 @@ mod tests {
     #[test]
     fn the_rungs_are_climbed_one_after_the_other() {
         let (budget, metrics) = budget(RESOURCES);
-        let mut share = Share::new(&budget, Direction::Request, None);
-        let probe = Share::new(&budget, Direction::Response, None);
+        let mut reservation = Reservation::new(&budget, Direction::Request, None);
+        let probe = Reservation::new(&budget, Direction::Response, None);
         let now = || [probe.spills(), probe.is_full(), budget.sheds()];
         let gauges = || [metrics.spill.now.get(), metrics.shed.now.get()];
         let mut climb = |to: u64| {
-            let memory = share.memory();
-            share.grow_memory(to.saturating_sub(memory));
-            share.shrink_memory(memory.saturating_sub(to));
+            let memory = reservation.memory();
+            reservation.grow_memory(to.saturating_sub(memory));
+            reservation.shrink_memory(memory.saturating_sub(to));
             (now(), gauges())
         };
         assert_eq!(climb(1199), ([false, false, false], [0, 0]));
@@ -513,9 +513,9 @@ mod tests {
     fn a_rung_that_is_not_used_never_holds_but_the_limit_does() {
         let none = Resources { spill: false, pause: false, shed: false, ..RESOURCES };
         let (budget, metrics) = budget(none);
-        let mut share = Share::new(&budget, Direction::Request, None);
-        share.grow_memory(5000);
-        assert_eq!((share.spills(), budget.sheds(), share.is_full()), (false, false, true));
+        let mut reservation = Reservation::new(&budget, Direction::Request, None);
+        reservation.grow_memory(5000);
+        assert_eq!((reservation.spills(), budget.sheds(), reservation.is_full()), (false, false, true));
         assert_eq!((metrics.spill.now.get(), metrics.shed.now.get()), (0, 0));
         assert_eq!(budget.pause_max(), Duration::ZERO);
     }
@@ -523,12 +523,12 @@ mod tests {
     #[test]
     fn whoever_pauses_is_counted_until_there_is_memory() {
         let (budget, metrics) = budget(RESOURCES);
-        let mut share = Share::new(&budget, Direction::Request, None);
-        share.grow_memory(1500);
-        let [mut first, mut second] = [share.room(), share.room()];
+        let mut reservation = Reservation::new(&budget, Direction::Request, None);
+        reservation.grow_memory(1500);
+        let [mut first, mut second] = [reservation.room(), reservation.room()];
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending));
         assert_eq!((metrics.pause.times.get(), metrics.pause.now.get(), budget.sheds()), (2, 2, false));
-        share.shrink_memory(1500);
+        reservation.shrink_memory(1500);
         assert_eq!((poll(&mut first), metrics.pause.now.get()), (Poll::Ready(()), 1));
         assert_eq!((poll(&mut second), metrics.pause.now.get()), (Poll::Ready(()), 0));
     }
@@ -536,11 +536,11 @@ mod tests {
     #[test]
     fn the_turn_of_one_who_gives_up_goes_to_the_next() {
         let (budget, _) = budget(RESOURCES);
-        let mut share = Share::new(&budget, Direction::Request, None);
-        share.grow_memory(1600);
-        let [mut first, mut second] = [share.room(), share.room()];
+        let mut reservation = Reservation::new(&budget, Direction::Request, None);
+        reservation.grow_memory(1600);
+        let [mut first, mut second] = [reservation.room(), reservation.room()];
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending));
-        share.shrink_memory(101);
+        reservation.shrink_memory(101);
         drop(first);
         assert_eq!(poll(&mut second), Poll::Ready(()));
     }
@@ -556,7 +556,7 @@ mod tests {
     fn answers_leave_memory_to_uploads() {
         let (budget, _) = budget(SHARED);
         let [mut answers, mut uploads] =
-            [Direction::Response, Direction::Request].map(|direction| Share::new(&budget, direction, None));
+            [Direction::Response, Direction::Request].map(|direction| Reservation::new(&budget, direction, None));
         answers.grow_memory(750);
         assert_eq!((answers.spills(), answers.is_full()), (true, true));
         assert_eq!((uploads.spills(), uploads.is_full()), (false, false));
@@ -573,14 +573,14 @@ mod tests {
     fn one_client_leaves_memory_to_others_and_its_answers_to_its_uploads() {
         let (budget, metrics) = budget(SHARED);
         let [one, other] = accounts(["192.0.2.1", "192.0.2.2"]);
-        let mut answers = Share::new(&budget, Direction::Response, Some(&one));
+        let mut answers = Reservation::new(&budget, Direction::Response, Some(&one));
         answers.grow_memory(375);
         assert!(answers.is_full() && answers.is_client_full());
         for (direction, account) in [(Direction::Response, &other), (Direction::Request, &one)] {
-            let share = Share::new(&budget, direction, Some(account));
-            assert!(!share.is_full() && !share.is_client_full());
+            let reservation = Reservation::new(&budget, direction, Some(account));
+            assert!(!reservation.is_full() && !reservation.is_client_full());
         }
-        assert!(!Share::new(&budget, Direction::Response, None).is_full(), "one who speaks for many clients");
+        assert!(!Reservation::new(&budget, Direction::Response, None).is_full(), "one who speaks for many clients");
         let [mut first, mut second] = [answers.room(), answers.another().room()];
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending));
         assert_eq!(metrics.pause.now.get(), 2);
@@ -593,8 +593,8 @@ mod tests {
     fn who_waits_at_its_own_share_and_then_at_that_of_all_holds_up_nobody() {
         let (budget, _) = budget(SHARED);
         let [one] = accounts(["192.0.2.1"]);
-        let mut others = Share::new(&budget, Direction::Request, None);
-        let mut own = Share::new(&budget, Direction::Response, Some(&one));
+        let mut others = Reservation::new(&budget, Direction::Request, None);
+        let mut own = Reservation::new(&budget, Direction::Response, Some(&one));
         own.grow_memory(375);
         let [mut first, mut second] = [own.room(), own.room()];
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending));
@@ -610,30 +610,30 @@ mod tests {
     fn answers_and_clients_have_a_share_of_the_disk() {
         let (budget, metrics) = budget(SHARED);
         let [one, other] = accounts(["192.0.2.1", "192.0.2.2"]);
-        let mut answer = Share::new(&budget, Direction::Response, Some(&one));
+        let mut answer = Reservation::new(&budget, Direction::Response, Some(&one));
         assert_eq!(answer.grow_disk(250), Ok(()));
         assert_eq!(answer.grow_disk(1), Err(Denial::Client));
-        assert_eq!(Share::new(&budget, Direction::Response, None).grow_disk(251), Err(Denial::Answers));
-        let mut upload = Share::new(&budget, Direction::Request, Some(&one));
+        assert_eq!(Reservation::new(&budget, Direction::Response, None).grow_disk(251), Err(Denial::Answers));
+        let mut upload = Reservation::new(&budget, Direction::Request, Some(&one));
         assert_eq!(upload.grow_disk(375), Ok(()), "what answers hold is no upload's");
         assert_eq!(upload.grow_disk(1), Err(Denial::Client));
-        let mut others = Share::new(&budget, Direction::Request, Some(&other));
+        let mut others = Reservation::new(&budget, Direction::Request, Some(&other));
         assert_eq!(others.grow_disk(187), Ok(()));
         assert_eq!(budget.disk(), 812);
         budget.count_denial(Direction::Request, Denial::Client);
         let counted = metrics.denials.map(|denials| denials.map(|denial| denial.get()));
         assert_eq!(counted, [[0, 0, 1, 0, 0], [0; 5]]);
         drop((answer, upload, others));
-        let mut again = Share::new(&budget, Direction::Response, Some(&one));
+        let mut again = Reservation::new(&budget, Direction::Response, Some(&one));
         assert_eq!((again.grow_disk(250), budget.disk()), (Ok(()), 250));
     }
 
     #[test]
     fn each_file_counts_from_its_first_byte_until_it_is_closed() {
         let (budget, _) = budget(Resources { client: 1.0, ..SHARED });
-        let upload = || Share::new(&budget, Direction::Request, None);
+        let upload = || Reservation::new(&budget, Direction::Request, None);
         let mut four = [(); 4].map(|()| upload());
-        four.iter_mut().for_each(|share| assert_eq!(share.grow_disk(10), Ok(())));
+        four.iter_mut().for_each(|reservation| assert_eq!(reservation.grow_disk(10), Ok(())));
         assert_eq!(upload().grow_disk(10), Err(Denial::Files));
         assert_eq!(four[0].grow_disk(10), Ok(()), "it has one");
         let closing = four[0].split_disk();
@@ -650,8 +650,8 @@ mod tests {
         let (budget, _) = budget(Resources { files: 8, ..SHARED });
         let [one, other] = accounts(["192.0.2.1", "192.0.2.2"]);
         let file = |direction, account| {
-            let mut share = Share::new(&budget, direction, account);
-            share.grow_disk(1).map(|()| share)
+            let mut reservation = Reservation::new(&budget, direction, account);
+            reservation.grow_disk(1).map(|()| reservation)
         };
         let mut held: Vec<_> = (0..4).map(|_| file(Direction::Response, None).unwrap()).collect();
         assert_eq!(file(Direction::Response, Some(&one)).err(), Some(Denial::Files), "half of them are for uploads");
@@ -665,16 +665,16 @@ mod tests {
 
     /// Each waiter takes what fills the memory, yields, and releases it.
     async fn everybody_gets_a_turn(budget: Arc<Budget>, waiters: usize, peak_max: u64) {
-        let mut share = Share::new(&budget, Direction::Request, None);
-        share.grow_memory(RESOURCES.memory);
+        let mut reservation = Reservation::new(&budget, Direction::Request, None);
+        reservation.grow_memory(RESOURCES.memory);
         let peak = Arc::new(AtomicU64::new(0));
         let tasks: Vec<_> = (0..waiters)
             .map(|_| {
                 let (budget, peak) = (budget.clone(), peak.clone());
                 tokio::spawn(async move {
-                    let mut share = Share::new(&budget, Direction::Response, None);
-                    share.room().await;
-                    share.grow_memory(RESOURCES.memory);
+                    let mut reservation = Reservation::new(&budget, Direction::Response, None);
+                    reservation.room().await;
+                    reservation.grow_memory(RESOURCES.memory);
                     peak.fetch_max(budget.memory(), Ordering::Relaxed);
                     tokio::task::yield_now().await;
                 })
@@ -683,7 +683,7 @@ mod tests {
         while budget.memory.paused() < waiters {
             tokio::task::yield_now().await;
         }
-        drop(share);
+        drop(reservation);
         for task in tasks {
             tokio::time::timeout(Duration::from_secs(20), task).await.expect("a turn").expect("no panic");
         }

@@ -22,7 +22,7 @@ use rustix::process::setpriority_process;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::metrics::{OperationMetrics, SpoolMetrics};
-use crate::spool::budget::Share;
+use crate::spool::budget::Reservation;
 use crate::spool::jobs::{self, Receiver, Sender};
 
 /// Maximum number of bytes per system call. Most kernels do not interrupt a call for a worker on the same CPU, and
@@ -86,12 +86,12 @@ pub(super) type Written = Result<Arc<File>, Unwritten>;
 /// A failed write. Some bytes may have reached the file.
 pub(super) struct Unwritten {
     pub pieces: Vec<Bytes>,
-    pub held: Share,
+    pub held: Reservation,
     pub error: io::Error,
 }
 
 /// The bytes read, and their share of the budget.
-pub(super) type Read = io::Result<(Bytes, Share)>;
+pub(super) type Read = io::Result<(Bytes, Reservation)>;
 
 impl Disk {
     /// Starts the threads for files in `dir`.
@@ -152,7 +152,7 @@ impl Disk {
         file: Option<Arc<File>>,
         offset: u64,
         pieces: Vec<Bytes>,
-        held: Share,
+        held: Reservation,
     ) -> oneshot::Receiver<Written> {
         let (answer, written) = oneshot::channel();
         self.submit(permit, Work::Write { file, offset, pieces, held, answer });
@@ -166,7 +166,7 @@ impl Disk {
         file: Arc<File>,
         offset: u64,
         bytes: usize,
-        held: Share,
+        held: Reservation,
     ) -> oneshot::Receiver<Read> {
         let (answer, read) = oneshot::channel();
         // The worker allocates the buffer and will free it, which suits allocators.
@@ -175,9 +175,9 @@ impl Disk {
         read
     }
 
-    /// Closes a file, possibly the last handle, and then releases its share. It needs no permit: the number of files
-    /// limits these jobs.
-    pub(super) fn close(&self, file: Arc<File>, held: Share) {
+    /// Closes a file, possibly the last handle, and then releases its reservation. It needs no permit: the number of
+    /// files limits these jobs.
+    pub(super) fn close(&self, file: Arc<File>, held: Reservation) {
         self.queue(Job { work: Work::Close { file, held }, since: None, permit: None });
     }
 
@@ -199,9 +199,25 @@ struct Job {
 }
 
 enum Work {
-    Write { file: Option<Arc<File>>, offset: u64, pieces: Vec<Bytes>, held: Share, answer: oneshot::Sender<Written> },
-    Read { file: Arc<File>, offset: u64, bytes: usize, buffer: Vec<u8>, held: Share, answer: oneshot::Sender<Read> },
-    Close { file: Arc<File>, held: Share },
+    Write {
+        file: Option<Arc<File>>,
+        offset: u64,
+        pieces: Vec<Bytes>,
+        held: Reservation,
+        answer: oneshot::Sender<Written>,
+    },
+    Read {
+        file: Arc<File>,
+        offset: u64,
+        bytes: usize,
+        buffer: Vec<u8>,
+        held: Reservation,
+        answer: oneshot::Sender<Read>,
+    },
+    Close {
+        file: Arc<File>,
+        held: Reservation,
+    },
 }
 
 /// The state of one thread.
@@ -221,7 +237,7 @@ impl Worker {
         }
     }
 
-    /// Runs one job. Releases its share and its permit before it sends the result.
+    /// Runs one job. Releases its reservation and its permit before it sends the result.
     fn work(&self, Job { work, since, permit }: Job) {
         let done = |operation: &OperationMetrics, failed: bool| {
             self.metrics.disk_queue.dec();
@@ -392,10 +408,10 @@ mod tests {
     }
 
     impl Stage {
-        fn share(&self, bytes: u64) -> Share {
-            let mut share = Share::new(&self.budget, Direction::Request, None);
-            share.grow_memory(bytes);
-            share
+        fn share(&self, bytes: u64) -> Reservation {
+            let mut reservation = Reservation::new(&self.budget, Direction::Request, None);
+            reservation.grow_memory(bytes);
+            reservation
         }
 
         fn write(&self, file: Option<Arc<File>>, offset: u64, pieces: &[&'static [u8]]) -> oneshot::Receiver<Written> {
@@ -471,7 +487,7 @@ mod tests {
         let (sender, answers) = mpsc::channel();
         let disk = Disk::start(Arc::new(Asking(Mutex::new(sender))), Terms { threads: 1, queue: 1, nice: 7 }, &metrics)
             .unwrap();
-        let held = Share::new(&budget(&metrics), Direction::Request, None);
+        let held = Reservation::new(&budget(&metrics), Direction::Request, None);
         let _written = disk.write(disk.try_permit().unwrap(), None, 0, vec![Bytes::from_static(b"x")], held);
 
         assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), (7, "disk-0".to_owned()));

@@ -1,7 +1,7 @@
 //! Admission: the limits of an upstream and its endpoints, the circuit breaker, and the queue.
 //!
 //! An exchange is counted at its endpoint and at the upstream in the same atomic step as the limit is checked, so
-//! limits are never exceeded. The holder releases the counts ([`Engaged`]).
+//! limits are never exceeded. The holder releases the counts ([`EndpointLease`]).
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use http::StatusCode;
 
-use super::breaker::{Breaker, Leave, Verdict};
+use super::breaker::{Admitted, Breaker, Verdict};
 use super::ended::Ended;
 use super::endpoint::Endpoint;
 use super::queue::Queue;
@@ -107,20 +107,20 @@ impl Admission {
         each.fold(0, u32::saturating_add).min(most)
     }
 
-    /// Leave from the circuit breaker, or how long it stays open.
-    pub(super) fn leave(&self, now: Instant) -> Result<Option<Leave>, Duration> {
+    /// Permission of the circuit breaker, or how long it stays open.
+    pub(super) fn admit(&self, now: Instant) -> Result<Option<Admitted>, Duration> {
         self.breaker.as_ref().map(|breaker| breaker.admit(now)).transpose()
     }
 
-    /// Returns an unused leave.
-    pub(super) fn unused(&self, leave: Option<&Leave>, now: Instant) {
-        if let (Some(breaker), Some(leave)) = (&self.breaker, leave) {
-            breaker.note(leave, Verdict::Neither, now);
+    /// Returns an unused permission.
+    pub(super) fn unused(&self, admitted: Option<&Admitted>, now: Instant) {
+        if let (Some(breaker), Some(admitted)) = (&self.breaker, admitted) {
+            breaker.note(admitted, Verdict::Neither, now);
         }
     }
 
     /// Takes a place at this endpoint; `None` if another exchange has just taken the last one.
-    pub(super) fn engage(self: &Arc<Self>, endpoint: &Arc<Endpoint>) -> Option<Engaged> {
+    pub(super) fn lease(self: &Arc<Self>, endpoint: &Arc<Endpoint>) -> Option<EndpointLease> {
         if !take(&endpoint.inflight, self.limits.each) {
             return None;
         }
@@ -130,7 +130,7 @@ impl Admission {
             self.queue.freed();
             return None;
         }
-        Some(Engaged { endpoint: Arc::clone(endpoint), admission: Arc::clone(self), leave: None })
+        Some(EndpointLease { endpoint: Arc::clone(endpoint), admission: Arc::clone(self), admitted: None })
     }
 }
 
@@ -146,17 +146,17 @@ fn take(count: &AtomicU32, most: u32) -> bool {
 
 /// An endpoint in use by an exchange: it counts as active there and at the upstream until this is dropped.
 #[derive(Debug)]
-pub struct Engaged {
+pub struct EndpointLease {
     endpoint: Arc<Endpoint>,
     admission: Arc<Admission>,
-    /// The leave of the circuit breaker, which needs the result.
-    leave: Option<Leave>,
+    /// The permission of the circuit breaker, which needs the result.
+    admitted: Option<Admitted>,
 }
 
-impl Engaged {
-    /// Adds the leave of the circuit breaker.
-    pub(super) fn with(mut self, leave: Option<Leave>) -> Self {
-        self.leave = leave;
+impl EndpointLease {
+    /// Adds the permission of the circuit breaker.
+    pub(super) fn with(mut self, admitted: Option<Admitted>) -> Self {
+        self.admitted = admitted;
         self
     }
 
@@ -175,32 +175,32 @@ impl Engaged {
 
     /// Whether this is a probe of a half-open breaker.
     pub fn is_probe(&self) -> bool {
-        self.leave.as_ref().is_some_and(Leave::is_probe)
+        self.admitted.as_ref().is_some_and(Admitted::is_probe)
     }
 
     /// For a probe: registers the exchange, which measures how long it delays its endpoint. A probe with a slow client
     /// loses its place to another one.
     pub fn watch(&self, exchange: Arc<dyn DelaysEndpoint>) {
-        if let (Some(breaker), Some(leave)) = (&self.admission.breaker, &self.leave) {
-            breaker.watch(leave, exchange);
+        if let (Some(breaker), Some(admitted)) = (&self.admission.breaker, &self.admitted) {
+            breaker.watch(admitted, exchange);
         }
     }
 
     /// The attempt has ended.
     pub(super) fn ended(&mut self, ended: &Ended, now: Instant) {
-        self.note(ended.seen().breaker, now);
+        self.note(ended.effects().breaker, now);
     }
 
     fn note(&mut self, verdict: Verdict, now: Instant) {
-        let (Some(breaker), Some(leave)) = (&self.admission.breaker, self.leave.take()) else { return };
-        if breaker.note(&leave, verdict, now) {
+        let (Some(breaker), Some(admitted)) = (&self.admission.breaker, self.admitted.take()) else { return };
+        if breaker.note(&admitted, verdict, now) {
             // The breaker is open now: all queued exchanges are refused.
             self.admission.queue.changed(u32::MAX);
         }
     }
 }
 
-impl Deref for Engaged {
+impl Deref for EndpointLease {
     type Target = Endpoint;
 
     fn deref(&self) -> &Endpoint {
@@ -208,9 +208,9 @@ impl Deref for Engaged {
     }
 }
 
-impl Drop for Engaged {
+impl Drop for EndpointLease {
     fn drop(&mut self) {
-        if self.leave.is_some() {
+        if self.admitted.is_some() {
             self.note(Verdict::Neither, Instant::now());
         }
         self.endpoint.inflight.fetch_sub(1, Ordering::SeqCst);

@@ -95,7 +95,7 @@ impl Availability {
 
 /// A shared [`Availability`].
 #[derive(Debug, Default)]
-pub struct Word(AtomicU32);
+pub struct AvailabilityBits(AtomicU32);
 
 /// A change of an [`Availability`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,7 +119,7 @@ impl Change {
     }
 }
 
-impl Word {
+impl AvailabilityBits {
     /// The current value.
     pub fn now(&self) -> Availability {
         Availability(self.0.load(Ordering::Relaxed))
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn each_has_its_say_and_undoes_only_its_own() {
-        let word = Word::default();
+        let word = AvailabilityBits::default();
         assert!(word.now().admits() && word.now().state() == State::Unknown);
 
         let change = word.set_health(Health::Healthy, true);
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn what_is_not_known_counts_as_the_operator_says() {
-        let word = Word::default();
+        let word = AvailabilityBits::default();
         word.set_health(Health::Unknown, false);
         assert_eq!((word.now().admits(), word.now().state()), (false, State::Unknown));
         assert!(word.now().admits_in_panic());

@@ -88,16 +88,16 @@ pub enum Verdict {
     Neither,
 }
 
-/// Leave for one attempt. Its result must be reported to [`Breaker::note`], once.
+/// Permission for one attempt. Its result must be reported to [`Breaker::note`], once.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Leave {
+pub struct Admitted {
     /// The round in which it was given: its result does not count in later ones.
     round: u64,
     /// The number of the probe, if it is one.
     probe: Option<u64>,
 }
 
-impl Leave {
+impl Admitted {
     /// Whether this is a probe, whose result decides.
     pub fn is_probe(&self) -> bool {
         self.probe.is_some()
@@ -173,10 +173,10 @@ impl Breaker {
         read(self.state.load(Ordering::Acquire)).1
     }
 
-    /// Leave for an attempt, or how long to stay away.
-    pub fn admit(&self, now: Instant) -> Result<Leave, Duration> {
+    /// Permission for an attempt, or how long to stay away.
+    pub fn admit(&self, now: Instant) -> Result<Admitted, Duration> {
         match read(self.state.load(Ordering::Acquire)) {
-            (round, State::Closed) => Ok(Leave { round, probe: None }),
+            (round, State::Closed) => Ok(Admitted { round, probe: None }),
             (_, State::Open) => match self.left(now) {
                 Some(left) => Err(left),
                 None => self.probe(now),
@@ -186,9 +186,9 @@ impl Breaker {
     }
 
     /// Reports the result of an attempt. Returns whether the breaker has opened because of it.
-    pub fn note(&self, leave: &Leave, verdict: Verdict, now: Instant) -> bool {
+    pub fn note(&self, admitted: &Admitted, verdict: Verdict, now: Instant) -> bool {
         let (round, state) = read(self.state.load(Ordering::Acquire));
-        if leave.round != round {
+        if admitted.round != round {
             return false;
         }
         match (state, verdict) {
@@ -209,19 +209,19 @@ impl Breaker {
                     && f64::from(failures) >= self.terms.failures * f64::from(passes);
                 (share || in_a_row >= self.terms.consecutive) && self.open(round, now)
             }
-            (State::HalfOpen, verdict) => self.tried(leave, verdict, now),
+            (State::HalfOpen, verdict) => self.tried(admitted, verdict, now),
             (State::Closed, Verdict::Neither) | (State::Open, _) => false,
         }
     }
 
     /// Starts a probe, unless all are active.
-    fn probe(&self, now: Instant) -> Result<Leave, Duration> {
+    fn probe(&self, now: Instant) -> Result<Admitted, Duration> {
         // The thread that holds the lock starts a probe. More requests arrive than probes are needed, so this one need
         // not wait.
         let Ok(mut trial) = self.trial.try_lock() else { return Err(SOON) };
         let (mut round, state) = read(self.state.load(Ordering::Acquire));
         match state {
-            State::Closed => return Ok(Leave { round, probe: None }),
+            State::Closed => return Ok(Admitted { round, probe: None }),
             State::Open => {
                 if let Some(left) = self.left(now) {
                     return Err(left);
@@ -241,7 +241,7 @@ impl Breaker {
         trial.given += 1;
         let number = trial.given;
         trial.places.push(Place { number, exchange: None });
-        Ok(Leave { round, probe: Some(number) })
+        Ok(Admitted { round, probe: Some(number) })
     }
 
     /// Whether this probe is delayed by others than its endpoint.
@@ -250,21 +250,21 @@ impl Breaker {
     }
 
     /// Registers the exchange of a probe, which measures how long it delays its endpoint.
-    pub fn watch(&self, leave: &Leave, exchange: Arc<dyn DelaysEndpoint>) {
+    pub fn watch(&self, admitted: &Admitted, exchange: Arc<dyn DelaysEndpoint>) {
         let mut trial = self.trial();
-        if let Some(place) = trial.places.iter_mut().find(|place| leave.probe == Some(place.number)) {
+        if let Some(place) = trial.places.iter_mut().find(|place| admitted.probe == Some(place.number)) {
             place.exchange = Some(exchange);
         }
     }
 
     /// The result of a probe. Returns whether the breaker has opened because of it.
-    fn tried(&self, leave: &Leave, verdict: Verdict, now: Instant) -> bool {
-        let round = leave.round;
+    fn tried(&self, admitted: &Admitted, verdict: Verdict, now: Instant) -> bool {
+        let round = admitted.round;
         let mut trial = self.trial();
         if read(self.state.load(Ordering::Acquire)).0 != round {
             return false;
         }
-        trial.places.retain(|place| leave.probe != Some(place.number));
+        trial.places.retain(|place| admitted.probe != Some(place.number));
         match verdict {
             Verdict::Neither => false,
             Verdict::Bad => {
@@ -436,7 +436,7 @@ mod tests {
             self.now += Duration::from_millis(millis);
         }
 
-        fn leave(&self) -> Leave {
+        fn admitted(&self) -> Admitted {
             self.breaker.admit(self.now).expect("it lets through")
         }
 
@@ -445,20 +445,20 @@ mod tests {
             self.breaker.admit(self.now).expect_err("it lets none through").as_millis()
         }
 
-        fn note(&self, leave: &Leave, verdict: Verdict) -> bool {
-            self.breaker.note(leave, verdict, self.now)
+        fn note(&self, admitted: &Admitted, verdict: Verdict) -> bool {
+            self.breaker.note(admitted, verdict, self.now)
         }
 
         /// A whole attempt.
         fn passes(&self, verdict: Verdict) -> bool {
-            self.note(&self.leave(), verdict)
+            self.note(&self.admitted(), verdict)
         }
 
         /// Lets its open time pass.
         fn opened(terms: Terms) -> Story {
             let mut story = Story::new(terms);
-            let leaves: Vec<_> = (0..10).map(|_| story.leave()).collect();
-            assert!(leaves.iter().any(|leave| story.note(leave, Verdict::Bad)));
+            let leaves: Vec<_> = (0..10).map(|_| story.admitted()).collect();
+            assert!(leaves.iter().any(|admitted| story.note(admitted, Verdict::Bad)));
             story.later(4_000);
             story
         }
@@ -503,14 +503,14 @@ mod tests {
     #[test]
     fn after_its_time_a_few_are_let_through_and_if_they_go_well_it_closes() {
         let story = Story::opened(TERMS);
-        let [one, other] = [story.leave(), story.leave()];
+        let [one, other] = [story.admitted(), story.admitted()];
         assert!(one.is_probe() && other.is_probe());
         assert_eq!((story.state(), story.away()), (State::HalfOpen, 1_000));
         assert!(!story.note(&one, Good));
         assert_eq!(story.away(), 1_000, "the other one is still under way");
         assert!(!story.note(&other, Good));
         assert_eq!(story.state(), State::Closed);
-        assert!(!story.leave().is_probe());
+        assert!(!story.admitted().is_probe());
         assert!(!story.passes(Bad), "what was counted before is forgotten");
     }
 
@@ -529,9 +529,9 @@ mod tests {
     #[test]
     fn a_probe_that_says_nothing_makes_room_for_another() {
         let story = Story::opened(TERMS);
-        let probes = [story.leave(), story.leave()];
+        let probes = [story.admitted(), story.admitted()];
         assert!(!story.note(&probes[0], Neither));
-        assert!(story.leave().is_probe());
+        assert!(story.admitted().is_probe());
         story.away();
     }
 
@@ -548,14 +548,14 @@ mod tests {
     fn a_probe_whose_client_dawdles_makes_room_for_another_and_is_still_heard() {
         for (verdict, state) in [(Good, State::Closed), (Bad, State::Open), (Neither, State::HalfOpen)] {
             let story = Story::opened(Terms { probes: 1, ..TERMS });
-            let (leave, slow) = (story.leave(), Arc::new(Slow(AtomicU64::new(1_000))));
-            story.breaker.watch(&leave, slow.clone());
+            let (admitted, slow) = (story.admitted(), Arc::new(Slow(AtomicU64::new(1_000))));
+            story.breaker.watch(&admitted, slow.clone());
             assert_eq!(story.away(), 1_000, "it may take its time");
             slow.0.store(1_001, Ordering::Relaxed);
-            let other = story.leave();
+            let other = story.admitted();
             assert!(other.is_probe());
             assert_eq!((story.away(), story.breaker.replaced.get()), (1_000, 1), "one place is one place");
-            assert_eq!(story.note(&leave, verdict), verdict == Bad);
+            assert_eq!(story.note(&admitted, verdict), verdict == Bad);
             assert_eq!(story.state(), state);
             story.note(&other, Neither);
         }
@@ -576,11 +576,11 @@ mod tests {
     #[test]
     fn what_began_before_says_nothing_of_what_came_after() {
         let mut story = Story::new(Terms { consecutive: 1, ..TERMS });
-        let old: Vec<Leave> = (0..9).map(|_| story.leave()).collect();
+        let old: Vec<Admitted> = (0..9).map(|_| story.admitted()).collect();
         assert!(story.passes(Bad));
         assert!(!story.note(&old[0], Bad), "it is open already");
         story.later(4_000);
-        let probe = story.leave();
+        let probe = story.admitted();
         assert!(!story.note(&old[1], Bad) && !story.note(&old[2], Good));
         assert_eq!(story.state(), State::HalfOpen);
         assert!(!story.note(&probe, Good) && !story.passes(Good));
@@ -628,13 +628,13 @@ mod tests {
             probes in 1u32..4,
         ) {
             let mut story = Story::new(Terms { consecutive, probes, ..TERMS });
-            let mut under_way: Vec<Leave> = Vec::new();
+            let mut under_way: Vec<Admitted> = Vec::new();
             for event in events {
                 match event {
                     Event::Ask => match story.breaker.admit(story.now) {
-                        Ok(leave) => {
+                        Ok(admitted) => {
                             prop_assert_ne!(story.state(), State::Open);
-                            under_way.push(leave);
+                            under_way.push(admitted);
                         }
                         Err(left) => {
                             prop_assert_ne!(story.state(), State::Closed);
@@ -642,21 +642,21 @@ mod tests {
                         }
                     },
                     Event::End(which, verdict) if !under_way.is_empty() => {
-                        let leave = under_way.swap_remove(which % under_way.len());
+                        let admitted = under_way.swap_remove(which % under_way.len());
                         let before = story.state();
-                        let opened = story.note(&leave, verdict);
+                        let opened = story.note(&admitted, verdict);
                         prop_assert_eq!(opened, before != State::Open && story.state() == State::Open);
                     }
                     Event::End(..) => {}
                     Event::Later(millis) => story.later(millis),
                 }
                 let round = read(story.breaker.state.load(Ordering::Relaxed)).0;
-                let out = under_way.iter().filter(|leave| leave.is_probe() && leave.round == round).count();
+                let out = under_way.iter().filter(|admitted| admitted.is_probe() && admitted.round == round).count();
                 prop_assert!(out as u32 <= probes);
             }
             // Active attempts end successfully, and the breaker closes.
-            for leave in under_way {
-                story.note(&leave, Neither);
+            for admitted in under_way {
+                story.note(&admitted, Neither);
             }
             story.later(20_000);
             for _ in 0..probes {

@@ -42,12 +42,12 @@ fn upstream(policy: &str, metrics: &Metrics) -> Upstream {
 
 /// Chooses in a loop, with up to ten endpoints at a time, until stopped.
 fn choose(upstream: &Upstream, over: &AtomicBool, chosen: &AtomicUsize) {
-    let mut busy: [Option<Engaged>; 10] = Default::default();
+    let mut busy: [Option<EndpointLease>; 10] = Default::default();
     let mut number = 0;
     while !over.load(Ordering::Relaxed) {
-        let engaged = upstream.select(rand::random(), &[], Instant::now()).engaged().expect("one of thousands");
-        assert!(!engaged.endpoint().address.to_string().is_empty());
-        busy[number % 10] = Some(engaged);
+        let lease = upstream.select(rand::random(), &[], Instant::now()).lease().expect("one of thousands");
+        assert!(!lease.endpoint().address.to_string().is_empty());
+        busy[number % 10] = Some(lease);
         number += 1;
     }
     chosen.fetch_add(number, Ordering::Relaxed);
@@ -58,7 +58,7 @@ fn churn(policy: &str, rounds: usize) {
     let metrics = Metrics::new(0, Vec::new());
     let upstream = upstream(policy, &metrics);
     let first: Vec<Weak<Endpoint>> = upstream.members().iter().map(Arc::downgrade).collect();
-    let kept = upstream.select(7, &[], Instant::now()).engaged().unwrap();
+    let kept = upstream.select(7, &[], Instant::now()).lease().unwrap();
     let (over, chosen) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         for _ in 0..2 {

@@ -28,13 +28,13 @@ use crate::config;
 use crate::config::upstream::{Dns, Endpoint};
 use crate::error::BuildError;
 use crate::metrics::DiscoveryMetrics;
-use family::{Way, is_reachable, ways};
-use file::{Listed, Look, aside};
+use family::{AddressPair, address_pairs, is_reachable};
+use file::{Contents, Listed, aside};
 use location::Location;
 use memory::{Kind, Memory};
 use resolver::Resolver;
 
-pub(super) use memory::Answer;
+pub(super) use memory::QueryResult;
 pub(super) use resolver::{Resolve, Service};
 
 /// Look-ups of an upstream that run at once.
@@ -89,7 +89,7 @@ enum Question {
 /// An address found under a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Target {
-    way: Way,
+    pair: AddressPair,
     weight: Option<NonZeroU32>,
     tier: u8,
 }
@@ -120,9 +120,9 @@ impl Discovery {
             listing.entries = vec![entry];
         } else if let Some(source) = &written.file {
             let listed = Listed::new(source);
-            let look = listed.look(None);
+            let contents = listed.changed(None);
             let wrong = |why: String| vec![BuildError::new("file.path", why)];
-            if let Some(Look { hash, listed }) = look {
+            if let Some(Contents { hash, listed }) = contents {
                 listing.entries =
                     listed.and_then(|listed| entries_of_file(&source.path, &listed, transport)).map_err(wrong)?;
                 listing.look = Some((hash, true));
@@ -165,7 +165,7 @@ impl Discovery {
             .await;
         let mut errors = BTreeMap::new();
         for (place, answer) in answers {
-            if let (Answer::None(why), Some(at)) = (&answer, self.listing().must_be(place)) {
+            if let (QueryResult::None(why), Some(at)) = (&answer, self.listing().must_be(place)) {
                 errors.insert(place, BuildError::new(at, why.clone()));
             }
             self.note(upstream, place, answer);
@@ -223,34 +223,35 @@ impl Discovery {
         }
     }
 
-    async fn ask(&self, place: Place, question: Question) -> (Place, Answer<Target>) {
+    async fn ask(&self, place: Place, question: Question) -> (Place, QueryResult<Target>) {
         let answer = match question {
             Question::Addresses { host, port } => match self.resolver.addresses(&host).await {
-                Answer::Found(addresses, ttl) => {
-                    let target = |way| Target { way, weight: None, tier: 0 };
-                    Answer::Found(ways(&addresses, port, is_reachable).into_iter().map(target).collect(), ttl)
+                QueryResult::Found(addresses, ttl) => {
+                    let target = |pair| Target { pair, weight: None, tier: 0 };
+                    let targets = address_pairs(&addresses, port, is_reachable).into_iter().map(target);
+                    QueryResult::Found(targets.collect(), ttl)
                 }
-                Answer::None(why) => Answer::None(why),
-                Answer::Failed(why) => Answer::Failed(why),
+                QueryResult::None(why) => QueryResult::None(why),
+                QueryResult::Failed(why) => QueryResult::Failed(why),
             },
             Question::Services(name) => match self.resolver.services(&name).await {
-                Answer::Found(services, ttl) => Answer::Found(targets(&services), ttl),
-                Answer::None(why) => Answer::None(why),
-                Answer::Failed(why) => Answer::Failed(why),
+                QueryResult::Found(services, ttl) => QueryResult::Found(targets(&services), ttl),
+                QueryResult::None(why) => QueryResult::None(why),
+                QueryResult::Failed(why) => QueryResult::Failed(why),
             },
         };
         (place, answer)
     }
 
     /// Processes an answer: when to ask again, and whether the result changed. `None` if it is outdated.
-    fn note(&self, upstream: &str, place: Place, answer: Answer<Target>) -> Option<(Instant, bool)> {
+    fn note(&self, upstream: &str, place: Place, answer: QueryResult<Target>) -> Option<(Instant, bool)> {
         let mut listing = self.listing();
         let entry = listing.entry(place)?;
         let label = entry.label.clone();
         let What::Asked { memory, next, .. } = &mut entry.what else { return None };
         let why = match &answer {
-            Answer::Found(..) => String::new(),
-            Answer::None(why) | Answer::Failed(why) => why.clone(),
+            QueryResult::Found(..) => String::new(),
+            QueryResult::None(why) | QueryResult::Failed(why) => why.clone(),
         };
         let learned = memory.learn(answer, Instant::now(), self.refresh);
         *next = learned.next;
@@ -279,8 +280,8 @@ impl Discovery {
         let Some(file) = self.file.clone() else { return false };
         let last = self.listing().look;
         let (path, number) = (file.path().to_owned(), last.map(|(hash, _)| hash));
-        let Ok(look) = aside(move || file.look(number)).await else { return false };
-        let Some(Look { hash, listed }) = look else {
+        let Ok(contents) = aside(move || file.changed(number)).await else { return false };
+        let Some(Contents { hash, listed }) = contents else {
             let good = last.is_some_and(|(_, good)| good);
             if good {
                 self.metrics.ok.inc()
@@ -402,7 +403,7 @@ impl Entry {
             What::Asked { memory, .. } => (None, memory.good()),
         };
         let targets = targets.iter().map(move |target| {
-            let Way { address, alternate } = target.way;
+            let AddressPair { address, alternate } = target.pair;
             found(SocketAddr::Inet(address), alternate, target.weight, self.tier.saturating_add(target.tier))
         });
         literal.into_iter().map(move |address| found(address, None, None, self.tier)).chain(targets)
@@ -486,15 +487,15 @@ fn targets(services: &[Service]) -> Vec<Target> {
             // Weight 0 means: hardly ever to be chosen (RFC 2782).
             let (weight, tier) = (NonZeroU32::new(service.weight.into()), tier(service.priority));
             let weight = Some(weight.unwrap_or(NonZeroU32::MIN));
-            ways(&service.addresses, service.port, is_reachable).into_iter().map(move |way| Target {
-                way,
+            address_pairs(&service.addresses, service.port, is_reachable).into_iter().map(move |pair| Target {
+                pair,
                 weight,
                 tier,
             })
         })
         .collect();
     // DNS answers have no fixed order.
-    targets.sort_by_key(|target| (target.tier, target.way));
+    targets.sort_by_key(|target| (target.tier, target.pair));
     targets
 }
 
@@ -509,7 +510,7 @@ mod tests {
         let found = targets(&[service(20, 5, 3), service(10, 0, 2), service(10, 60, 1), service(30, 7, 4)]);
         let told: Vec<_> = found
             .iter()
-            .map(|target| (target.way.address.port(), target.tier, target.weight.map(NonZeroU32::get)))
+            .map(|target| (target.pair.address.port(), target.tier, target.weight.map(NonZeroU32::get)))
             .collect();
         assert_eq!(told, [(1, 0, Some(60)), (2, 0, Some(1)), (3, 1, Some(5)), (4, 2, Some(7))]);
     }

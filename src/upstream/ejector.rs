@@ -36,10 +36,10 @@ impl Ejector {
 
     /// An attempt at `endpoint` has ended. On the request path: takes no lock, and a success writes almost nothing.
     pub fn hear(&self, endpoint: &Endpoint, ended: &Ended) {
-        let Some(pass) = ended.seen().outlier else { return };
+        let Some(pass) = ended.effects().outlier else { return };
         let guilty = endpoint.score.note(pass, ended.to_header(), &self.rules);
         if let Some(reason) = guilty.filter(|_| !endpoint.availability().is_ejected())
-            && endpoint.accusation.raise(reason)
+            && endpoint.ejection_signal.raise(reason)
         {
             self.accused.notify_one();
         }
@@ -77,7 +77,7 @@ impl Ejector {
     /// Evaluates flagged endpoints.
     fn hear_out(&self, upstream: &Upstream, now: Instant) {
         for endpoint in upstream.members().iter() {
-            if let Some(reason) = endpoint.accusation.reason() {
+            if let Some(reason) = endpoint.ejection_signal.reason() {
                 self.eject(upstream, endpoint, reason, now);
             }
         }
@@ -88,7 +88,7 @@ impl Ejector {
         let members = upstream.members();
         for endpoint in members.iter() {
             // An endpoint that could not be ejected must fail again to be flagged.
-            endpoint.accusation.drop();
+            endpoint.ejection_signal.drop();
         }
         if self.rules.success_rate.is_none() && self.rules.latency.is_none() {
             return;
@@ -109,7 +109,7 @@ impl Ejector {
             return;
         }
         let length = endpoint.ejections().eject(reason, now, self.rules.terms);
-        endpoint.accusation.drop();
+        endpoint.ejection_signal.drop();
         let Some(length) = length else { return };
         self.metrics.count(reason.name());
         warn!(
@@ -137,7 +137,7 @@ impl Ejector {
 
     fn free(&self, endpoint: &Endpoint, now: Instant) {
         endpoint.score.try_again(&self.rules);
-        endpoint.accusation.drop();
+        endpoint.ejection_signal.drop();
         endpoint.set_ejected(false, now);
     }
 }

@@ -1,8 +1,8 @@
 //! The result of an attempt: what the proxy reports to an upstream exactly once per attempt, and its meaning for each
 //! observer.
 //!
-//! This is the second half of a table: `proxy/blame.rs` maps faults to an [`Outcome`], and [`Ended::seen`] maps that to
-//! what breaker, outlier detection and latency see. A probe of a half-open breaker uses the breaker's view.
+//! This is the second half of a table: `proxy/blame.rs` maps faults to an [`Outcome`], and [`Ended::effects`] maps that
+//! to what breaker, outlier detection and latency see. A probe of a half-open breaker uses the breaker's view.
 
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ pub enum Outcome {
 
 /// What the end of an attempt means for each observer.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Seen {
+pub struct Effects {
     /// For the circuit breaker, and for its probe.
     pub breaker: Verdict,
     /// For outlier detection; `None`: ignored.
@@ -77,20 +77,20 @@ impl Ended {
     }
 
     /// What each observer sees.
-    pub fn seen(&self) -> Seen {
+    pub fn effects(&self) -> Effects {
         let time = self.to_header();
         let (took, at_least) = (Lesson::Took(time), Lesson::AtLeast(time));
-        let seen = |breaker, outlier, latency| Seen { breaker, outlier, latency };
+        let effects = |breaker, outlier, latency| Effects { breaker, outlier, latency };
         match self.outcome {
             Outcome::Answered(status) => {
                 let verdict = if status.is_server_error() { Verdict::Bad } else { Verdict::Good };
-                seen(verdict, Some(Pass::Answered(status.as_u16())), took)
+                effects(verdict, Some(Pass::Answered(status.as_u16())), took)
             }
-            Outcome::Connect(_) => seen(Verdict::Bad, Some(Pass::Unconnected), at_least),
-            Outcome::Failed(_) => seen(Verdict::Bad, Some(Pass::Failed), at_least),
+            Outcome::Connect(_) => effects(Verdict::Bad, Some(Pass::Unconnected), at_least),
+            Outcome::Failed(_) => effects(Verdict::Bad, Some(Pass::Failed), at_least),
             // It depends on whether the endpoint had responded before another party ended the attempt.
-            Outcome::Cancelled if self.wait.is_some() => seen(Verdict::Neither, None, took),
-            Outcome::Cancelled => seen(Verdict::Neither, None, at_least),
+            Outcome::Cancelled if self.wait.is_some() => effects(Verdict::Neither, None, took),
+            Outcome::Cancelled => effects(Verdict::Neither, None, at_least),
         }
     }
 }
@@ -104,8 +104,8 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     /// An attempt with 9 ms of endpoint time, one of them for the connection.
-    fn seen(outcome: Outcome, wait: Option<u32>) -> Seen {
-        Ended { outcome, connect: Some(MS), wait: wait.map(|wait| wait * MS), own: 9 * MS }.seen()
+    fn effects(outcome: Outcome, wait: Option<u32>) -> Effects {
+        Ended { outcome, connect: Some(MS), wait: wait.map(|wait| wait * MS), own: 9 * MS }.effects()
     }
 
     #[test]
@@ -119,16 +119,16 @@ mod tests {
             (Outcome::Failed(&refusal::RECEIVE_RESET), Verdict::Bad, Some(Pass::Failed), at_least),
             (Outcome::Cancelled, Verdict::Neither, None, took),
         ] {
-            assert_eq!(seen(outcome, Some(3)), Seen { breaker, outlier, latency }, "{outcome:?}");
+            assert_eq!(effects(outcome, Some(3)), Effects { breaker, outlier, latency }, "{outcome:?}");
         }
     }
 
     #[test]
     fn without_a_header_an_endpoint_is_at_least_as_slow_as_it_was_waited_for() {
         let at_least = Lesson::AtLeast(9 * MS);
-        assert_eq!(seen(Outcome::Cancelled, None).latency, at_least);
-        assert_eq!(seen(Outcome::Failed(&refusal::WAIT_TIMEOUT), None).latency, at_least);
-        let unconnected = seen(Outcome::Connect(&refusal::CONNECT_REFUSED), None);
+        assert_eq!(effects(Outcome::Cancelled, None).latency, at_least);
+        assert_eq!(effects(Outcome::Failed(&refusal::WAIT_TIMEOUT), None).latency, at_least);
+        let unconnected = effects(Outcome::Connect(&refusal::CONNECT_REFUSED), None);
         assert_eq!((unconnected.outlier, unconnected.latency), (Some(Pass::Unconnected), at_least));
     }
 }

@@ -16,15 +16,15 @@ use http::uri::Authority;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::upstreams::peer::HttpPeer;
 
-use super::availability::{Availability, Change, Word};
+use super::availability::{Availability, AvailabilityBits, Change};
 use super::ended::{Ended, Lesson};
 use super::health::{Health, Record};
 use super::latency::Latency;
-use super::outlier::{Accusation, Ejections, Score};
+use super::outlier::{EjectionSignal, Ejections, Score};
 use super::sticky::Name;
 use super::transport::Transport;
 use super::transport::dial::Dialer;
-use super::transport::greeting::Parties;
+use super::transport::proxy_protocol::ClientAddresses;
 use crate::metrics::endpoints::EndpointMetrics;
 
 /// An endpoint as reported by a source.
@@ -60,7 +60,7 @@ pub struct Endpoint {
     /// Its names in sticky cookies; empty without session affinity.
     pub names: Box<[Name]>,
     rank: Rank,
-    availability: Word,
+    availability: AvailabilityBits,
     /// Number of active exchanges, counted by [`super::Admission`].
     pub(super) inflight: AtomicU32,
     latency: Latency,
@@ -72,7 +72,7 @@ pub struct Endpoint {
     checks: Mutex<Record>,
     /// Counters of outlier detection.
     pub(super) score: Score,
-    pub(super) accusation: Accusation,
+    pub(super) ejection_signal: EjectionSignal,
     /// Its ejections. Not read on the request path.
     ejections: Mutex<Ejections>,
 }
@@ -87,7 +87,7 @@ impl Endpoint {
             metrics,
             names: Box::default(),
             rank: Rank::of(found),
-            availability: Word::default(),
+            availability: AvailabilityBits::default(),
             inflight: AtomicU32::new(0),
             latency: Latency::new(now),
             returned: AtomicU64::new(0),
@@ -95,7 +95,7 @@ impl Endpoint {
             connections: Connections::to(found, transport),
             checks: Mutex::default(),
             score: Score::default(),
-            accusation: Accusation::default(),
+            ejection_signal: EjectionSignal::default(),
             ejections: Mutex::default(),
         }
     }
@@ -106,8 +106,8 @@ impl Endpoint {
     }
 
     /// The peer for a client, whose address is sent if the PROXY protocol is used.
-    pub fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
-        self.connections.peer_for(parties)
+    pub fn peer_for(&self, addresses: impl FnOnce() -> Option<ClientAddresses>) -> Box<HttpPeer> {
+        self.connections.peer_for(addresses)
     }
 
     /// Creates connections without the PROXY protocol.
@@ -230,7 +230,7 @@ impl Endpoint {
 
     /// Updates its latency from the end of an attempt.
     pub(super) fn learn(&self, ended: &Ended, now: Instant) {
-        match ended.seen().latency {
+        match ended.effects().latency {
             Lesson::Took(time) => self.latency.observe(time, now),
             Lesson::AtLeast(time) => self.latency.observe_failure(time, now),
         }
@@ -300,10 +300,10 @@ impl Connections {
         peer
     }
 
-    fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
+    fn peer_for(&self, addresses: impl FnOnce() -> Option<ClientAddresses>) -> Box<HttpPeer> {
         let mut peer = self.peer();
         if self.transport.introduces_clients() {
-            self.transport.introduce(&mut peer, &self.dialer, parties());
+            self.transport.introduce(&mut peer, &self.dialer, addresses());
         }
         peer
     }

@@ -24,7 +24,7 @@ pub enum Order {
 
 /// The orders, by identity of the endpoints.
 #[derive(Debug, Default)]
-pub(super) struct Orders(HashMap<Box<str>, Standing>);
+pub(super) struct Overrides(HashMap<Box<str>, Standing>);
 
 /// The orders for one endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,7 +33,7 @@ struct Standing {
     weight: Option<NonZeroU32>,
 }
 
-impl Orders {
+impl Overrides {
     /// Carries out an order and stores it.
     pub fn give(&mut self, endpoint: &Endpoint, order: Order, now: Instant) {
         let standing = self.0.entry(endpoint.identity.clone()).or_default();

@@ -254,9 +254,9 @@ fn slow(samples: &[Sample], rule: &Latency) -> Vec<usize> {
 
 /// A pending reason for ejection.
 #[derive(Debug, Default)]
-pub struct Accusation(AtomicU8);
+pub struct EjectionSignal(AtomicU8);
 
-impl Accusation {
+impl EjectionSignal {
     /// Sets the reason; returns whether it is new.
     pub(super) fn raise(&self, reason: Reason) -> bool {
         let number = Reason::ALL.iter().position(|known| *known == reason).map_or(0, |place| place + 1) as u8;

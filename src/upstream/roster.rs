@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rand::Rng;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::admission::{Admission, Engaged};
+use super::admission::{Admission, EndpointLease};
 use super::balance::{Balance, Candidates, Identity};
 use super::endpoint::Endpoint;
 use super::slow_start;
@@ -23,7 +23,7 @@ use crate::config::upstream::LoadBalancing;
 #[derive(Debug)]
 pub enum Choice {
     /// This endpoint.
-    Engaged(Engaged),
+    Leased(EndpointLease),
     /// All endpoints are at their limits: the exchange may queue.
     Full,
     /// There is no endpoint, or none that was not tried.
@@ -34,9 +34,9 @@ pub enum Choice {
 
 impl Choice {
     /// The endpoint, if there is one.
-    pub fn engaged(self) -> Option<Engaged> {
+    pub fn lease(self) -> Option<EndpointLease> {
         match self {
-            Choice::Engaged(engaged) => Some(engaged),
+            Choice::Leased(lease) => Some(lease),
             Choice::Full | Choice::NoEndpoint | Choice::Away(_) => None,
         }
     }
@@ -124,15 +124,15 @@ impl Roster {
     }
 
     /// Takes a place at the next endpoint, excluding `tried`.
-    pub fn engage(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Arc<Admission>, now: Instant) -> Choice {
+    pub fn lease(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Arc<Admission>, now: Instant) -> Choice {
         loop {
             let endpoint = if admission.is_full() { None } else { self.pick(hash, tried, admission, now) };
             let Some(endpoint) = endpoint else {
                 return if self.has_more(tried) { Choice::Full } else { Choice::NoEndpoint };
             };
             // If another exchange has just taken its last place, there is another endpoint or all are full.
-            if let Some(engaged) = admission.engage(endpoint) {
-                return Choice::Engaged(engaged);
+            if let Some(lease) = admission.lease(endpoint) {
+                return Choice::Leased(lease);
             }
         }
     }

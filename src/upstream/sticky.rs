@@ -47,7 +47,7 @@ pub type Name = u64;
 
 /// The content of a cookie with a valid signature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stuck {
+pub struct StickyTarget {
     /// The endpoint that served the client.
     pub endpoint: Name,
     /// It must be renewed although it is valid: half of its time is over, or the signing secret has changed.
@@ -87,7 +87,7 @@ impl Sticky {
     }
 
     /// The content of a request's cookie; `None` if the signature is invalid or the cookie has expired.
-    pub fn read(&self, cookie: &[u8], now: SystemTime) -> Option<Stuck> {
+    pub fn read(&self, cookie: &[u8], now: SystemTime) -> Option<StickyTarget> {
         let mut bytes = [0; COOKIE_BYTES + 3];
         if cookie.len() != COOKIE_LETTERS
             || URL_SAFE_NO_PAD.decode_slice(cookie, &mut bytes).ok()? != COOKIE_BYTES
@@ -109,7 +109,7 @@ impl Sticky {
             (None, None) => false,
             _ => true,
         };
-        Some(Stuck { endpoint: Name::from_be_bytes(first(&said[1..])), is_old: old_age || signed_by > 0 })
+        Some(StickyTarget { endpoint: Name::from_be_bytes(first(&said[1..])), is_old: old_age || signed_by > 0 })
     }
 
     /// The `Set-Cookie` field for the endpoint with these names; `None` if it cannot be signed.
@@ -203,7 +203,7 @@ mod tests {
         let (cookie, attributes) = set(&one, "a:80 10.0.0.1:80", false);
         assert_eq!((cookie.len(), &*attributes), (COOKIE_LETTERS, "Path=/; HttpOnly; SameSite=Lax"));
         let two = sticky(&[NEW], None, "app");
-        let expected = Stuck { endpoint: two.names("a:80 10.0.0.1:80")[0], is_old: false };
+        let expected = StickyTarget { endpoint: two.names("a:80 10.0.0.1:80")[0], is_old: false };
         assert_eq!(two.read(cookie.as_bytes(), after(1 << 30)), Some(expected));
         assert_ne!(two.names("a:80 10.0.0.2:80")[0], expected.endpoint);
         assert_eq!(sticky(&[OLD], None, "app").read(cookie.as_bytes(), now()), None, "another secret");

@@ -2,15 +2,15 @@
 //!
 //! All settings are parsed when the upstream is built, certificates included; an endpoint keeps a template, and an
 //! exchange copies it. [`dial`] makes connections, [`http2`] speaks HTTP/2 on them, [`tls`] verifies the peer,
-//! [`pair`] chooses between two addresses of a server, [`greeting`] builds the PROXY protocol header.
+//! [`happy_eyeballs`] chooses between two addresses of a server, [`proxy_protocol`] builds the PROXY protocol header.
 
 pub mod connector;
 pub mod dial;
-pub mod greeting;
+pub mod happy_eyeballs;
 pub mod http1;
 pub mod http2;
 pub mod limit;
-pub mod pair;
+pub mod proxy_protocol;
 pub mod tls;
 pub mod tunnel;
 
@@ -36,7 +36,7 @@ use crate::config::upstream::Protocol;
 use crate::error::BuildError;
 use crate::framing::{LengthFields, answer};
 use dial::Dialer;
-use greeting::Parties;
+use proxy_protocol::ClientAddresses;
 use tls::Tls;
 
 /// Exchanges per HTTP/2 connection: the minimum that servers should allow (RFC 9113 §6.5.2). A lower limit of a
@@ -168,9 +168,9 @@ impl Transport {
     /// The dialer for an endpoint at `address`, optionally with an `alternate` address.
     pub(super) fn dialer(&self, address: &SocketAddr, alternate: Option<std::net::SocketAddr>) -> Arc<Dialer> {
         // Forebay's own connections, such as for health checks, use the LOCAL header.
-        let greeting = self.proxy_protocol.then(greeting::own);
+        let proxy_header = self.proxy_protocol.then(proxy_protocol::own);
         let narrow = (self.protocol == Protocol::Http1).then_some(NARROW_BYTES);
-        let dialer = Dialer::new(self.connections.clone(), narrow, self.timeouts.connect, greeting);
+        let dialer = Dialer::new(self.connections.clone(), narrow, self.timeouts.connect, proxy_header);
         dialer.set_pair(address, alternate, Instant::now());
         Arc::new(dialer)
     }
@@ -213,11 +213,11 @@ impl Transport {
     }
 
     /// Makes a peer specific to this client, whose address is sent first.
-    pub(super) fn introduce(&self, peer: &mut HttpPeer, dialer: &Dialer, parties: Option<Parties>) {
+    pub(super) fn introduce(&self, peer: &mut HttpPeer, dialer: &Dialer, addresses: Option<ClientAddresses>) {
         let mut key = Xxh3::with_seed(peer.group_key);
-        std::hash::Hash::hash(&parties, &mut key);
+        std::hash::Hash::hash(&addresses, &mut key);
         peer.group_key = key.finish();
-        peer.options.custom_l4 = Some(Arc::new(dialer.greeting(greeting::of(parties))));
+        peer.options.custom_l4 = Some(Arc::new(dialer.proxy_header(proxy_protocol::of(addresses))));
     }
 }
 
@@ -323,8 +323,8 @@ pub(super) mod tests {
         let key = |client: Option<&str>| {
             let mut peer = transport.peer(address.clone(), None, dialer.clone());
             let gateway = "10.0.0.9:80".parse().unwrap();
-            let parties = client.map(|client| Parties { client: client.parse().unwrap(), gateway });
-            transport.introduce(&mut peer, &dialer, parties);
+            let addresses = client.map(|client| ClientAddresses { client: client.parse().unwrap(), gateway });
+            transport.introduce(&mut peer, &dialer, addresses);
             peer.reuse_hash()
         };
         assert_eq!(key(Some("1.2.3.4:5")), key(Some("1.2.3.4:5")));

@@ -17,7 +17,7 @@ use forebay::gateway::Gateway;
 use forebay::metrics::Metrics;
 use forebay::upstream::Upstream;
 use forebay::upstream::balance::{Balance, Candidates, Identity, Schedule, SmoothRoundRobin};
-use forebay::upstream::sticky::Stuck;
+use forebay::upstream::sticky::StickyTarget;
 use futures::FutureExt;
 use http::Extensions;
 use pingora_load_balancing::selection::{BackendIter, BackendSelection, RoundRobin};
@@ -82,7 +82,7 @@ fn pick(c: &mut Criterion) {
         group
             .bench_function(BenchmarkId::new("select", number), |b| b.iter(|| upstream.select(0, black_box(&[]), now)));
         let tried: Vec<_> =
-            upstream.select(0, &[], Instant::now()).engaged().iter().map(|one| one.endpoint().clone()).collect();
+            upstream.select(0, &[], Instant::now()).lease().iter().map(|one| one.endpoint().clone()).collect();
         group.bench_function(BenchmarkId::new("select again", number), |b| {
             b.iter(|| upstream.select(0, black_box(&tried), now))
         });
@@ -162,7 +162,7 @@ fn select(c: &mut Criterion) {
             });
             if policy == Policy::RoundRobin {
                 let endpoint = upstream.members()[number / 2].names[0];
-                let stuck = Stuck { endpoint, is_old: false };
+                let stuck = StickyTarget { endpoint, is_old: false };
                 group.bench_function(BenchmarkId::new("stuck to one", number), |b| {
                     b.iter(|| upstream.select_for(Some(&stuck), hash(), black_box(&[]), now))
                 });

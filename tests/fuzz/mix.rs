@@ -22,7 +22,7 @@ const CLIENTS: usize = 200;
 const TIME: Duration = Duration::from_secs(30);
 
 /// Gauges that say what was learned or is the case right now, and not what is held.
-const OF_THE_MOMENT: &[&str] = &["forebay_lane_share_ratio", "forebay_loop_run_queue"];
+const OF_THE_MOMENT: &[&str] = &["forebay_scheduler_share_ratio", "forebay_loop_run_queue"];
 
 /// Every wait of a client is short here, every limit is low enough to be met, and no endpoint is given up.
 fn strict(origin: std::net::SocketAddr) -> Setup {

@@ -130,8 +130,8 @@ wrong! {
     networks_that_are_none
     limits_out_of_range
     disk_threads_and_a_disk_queue_that_are_none
-    rungs_that_are_none
-    no_rung_at_all
+    actions_that_are_none
+    no_action_at_all
     resources_too_small_to_work_with
     a_body_that_may_take_more_than_all_of_them
     buffering_without_room

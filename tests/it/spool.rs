@@ -34,8 +34,8 @@ fn hoarder(gateway: &Gateway) -> Exchange {
     hoarder
 }
 
-fn times(gateway: &Gateway, rung: &str) -> f64 {
-    gateway.metric(&format!("forebay_pressure_total{{rung=\"{rung}\"}}"))
+fn times(gateway: &Gateway, action: &str) -> f64 {
+    gateway.metric(&format!("forebay_pressure_total{{action=\"{action}\"}}"))
 }
 
 /// Complete, or refused temporarily.
@@ -85,7 +85,7 @@ fn under_pressure_who_floods_waits_until_others_let_go() {
         assert!(upload.finish_body());
         upload.answer()
     });
-    gateway.wait_metric("forebay_pressure{rung=\"pause\"}", |paused| paused >= 1.0);
+    gateway.wait_metric("forebay_pressure{action=\"pause\"}", |paused| paused >= 1.0);
     assert_eq!(origin.body_bytes(), 0);
     drop(hoarder);
     sender.join().expect("the upload").arrived(400_000, "content-length: 400000");
@@ -114,7 +114,7 @@ fn under_pressure_new_exchanges_are_turned_away_until_it_is_over() {
     let origin = built_in();
     let gateway = sharing(&origin, "on_pressure: [shed], disk: 0B", "", "memory: 1MiB").start();
     let hoarder = hoarder(&gateway);
-    gateway.wait_metric("forebay_pressure{rung=\"shed\"}", |sheds| sheds == 1.0);
+    gateway.wait_metric("forebay_pressure{action=\"shed\"}", |sheds| sheds == 1.0);
     for protocol in Protocol::BOTH {
         Ask::get("/bytes/10").over(protocol, gateway.web()).refused(503, "route.pressure");
     }
@@ -311,7 +311,7 @@ fn a_crowd_that_waits_for_the_disk_for_too_long_is_refused_and_holds_up_nobody_w
     };
     // More than may move data without turns, and more than the disk threads can handle at once.
     let uploads: Vec<_> = (0..60).map(|_| begin()).collect();
-    process.wait_metric("forebay_lane_waiting{class=\"pass\"}", |waiting| waiting > 0.0);
+    process.wait_metric("forebay_scheduler_waiting{class=\"transfer\"}", |waiting| waiting > 0.0);
     for _ in 0..20 {
         Ask::put(50_000).over(Protocol::Http1, process.web()).arrived(50_000, "content-length: 50000");
     }

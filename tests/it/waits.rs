@@ -205,7 +205,7 @@ impl Scene {
         self.process.wait_metric("forebay_phase_active", |active| active <= others);
         self.process.wait_metric("forebay_upstream_queue", |queued| queued == 0.0);
         self.process.wait_metric("forebay_endpoint_inflight", |inflight| inflight <= others);
-        self.process.wait_metric("forebay_lane_waiting", |waiting| waiting == 0.0);
+        self.process.wait_metric("forebay_scheduler_waiting", |waiting| waiting == 0.0);
         if self.place != Memory && self.disk.is_none() {
             self.process.wait_metric("forebay_spool_bytes", |bytes| bytes == 0.0);
         }
@@ -223,7 +223,7 @@ impl Scene {
             self.process.wait_phase(self.place.phase());
         }
         match self.place {
-            Memory => drop(self.process.wait_metric("forebay_pressure{rung=\"pause\"}", |paused| paused >= 1.0)),
+            Memory => drop(self.process.wait_metric("forebay_pressure{action=\"pause\"}", |paused| paused >= 1.0)),
             UploadToDisk | AnswerToDisk => drop(self.process.wait_metric("forebay_disk_queue", |queue| queue >= 1.0)),
             _ => {}
         }
@@ -554,7 +554,8 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("client/acceptor.rs", 7, "it waits for connections, and its own end is beside that"),
     ("client/broken.rs", 1, "it is the interval in which an eye looks"),
     ("account/pool.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),
-    ("client/connection.rs", 2, "the time of a stop bounds it"),
+    ("client/inflight.rs", 1, "the time of a stop bounds it"),
+    ("client/listener.rs", 1, "the end of a listener, beside waits that have a deadline"),
     ("client/cut.rs", 1, "ends with the exchange that it is beside"),
     ("client/descriptors.rs", 1, "the pause of a listener: connections wait in the kernel"),
     (
@@ -562,18 +563,18 @@ const WAITS: &[(&str, usize, &str)] = &[
         2,
         "client and endpoint at once; the control of the exchange has the clocks and the eye",
     ),
-    ("client/driver/connection.rs", 1, "the deadline of a write to an endpoint; `Link::watch` has the eye"),
+    ("client/driver/connection.rs", 1, "the deadline of a write to an endpoint; `Bodies::watch` has the eye"),
     ("client/driver/pool.rs", 1, "the pauses of a background task"),
     ("client/farewell.rs", 1, "a tick of what is itself a deadline"),
     ("client/http2.rs", 2, "a stop beside the frames of a connection, which reading and the guard bound"),
     ("client/http2/guard.rs", 1, "it is the deadline of a frame"),
-    ("client/intake.rs", 1, "the deadlines of a body; `Link::watch` has the eye"),
+    ("body/request.rs", 1, "the deadlines of a body; `Bodies::watch` has the eye"),
     ("client/relay.rs", 3, "a stop beside a wait that has both; the deadline of a passage"),
     ("spool/disk.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),
-    ("client/session.rs", 1, "the deadlines of an attempt; `Link::watch` has the eye"),
+    ("body.rs", 1, "the deadlines of an attempt; `Bodies::watch` has the eye"),
     ("client/stream.rs", 1, "it is the deadline of a write"),
     ("client/tls/watch.rs", 4, "the pauses of a background task"),
-    ("client/wire.rs", 2, "the deadlines of an answer; `Link::watch` has the eye, and writing finds out by itself"),
+    ("body/response.rs", 2, "the deadlines of an answer; `Bodies::watch` has the eye, and writing finds out by itself"),
     ("files.rs", 5, "the pauses of a background task"),
     ("filter/aside.rs", 1, "a turn of another thread: the chain bounds the filter, and sees its client"),
     ("gateway/stop.rs", 14, "the times of a stop and of a takeover"),
@@ -592,9 +593,13 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("upstream/discovery.rs", 3, "the pauses of a background task"),
     ("upstream/discovery/file.rs", 3, "the pauses of a background task"),
     ("upstream/ejector.rs", 3, "the pauses of a background task"),
-    ("upstream/transport/http1.rs", 2, "the deadlines of a connection; `Link::watch` has the eye"),
+    ("upstream/transport/http1.rs", 2, "the deadlines of a connection; `Bodies::watch` has the eye"),
     ("upstream/transport/http2.rs", 2, "the time for which a connection is kept while nobody uses it"),
-    ("upstream/transport/pair.rs", 1, "two connections that are being made, each with the deadline of its peer"),
+    (
+        "upstream/transport/happy_eyeballs.rs",
+        1,
+        "two connections that are being made, each with the deadline of its peer",
+    ),
 ];
 
 #[test]

@@ -17,9 +17,9 @@ const FIELDS_MAX: usize = 256;
 const HEADER_BYTES_MAX: usize = 1 << 20;
 
 /// Initial read size for a body, in bytes.
-const GULP_LEAST: usize = 16 << 10;
+const READ_LEAST: usize = 16 << 10;
 /// Maximum read size for a body, in bytes.
-const GULP_MOST: usize = 64 << 10;
+const READ_MOST: usize = 64 << 10;
 
 /// A part of a response.
 #[derive(Debug)]
@@ -39,13 +39,13 @@ pub enum Part {
 
 /// The parser of one response.
 #[derive(Debug)]
-pub struct Answer {
+pub struct ResponseParser {
     head_only: bool,
     spells: bool,
     at: At,
     /// Whether the header permits further exchanges on the connection.
     keeps: bool,
-    gulp: usize,
+    read_size: usize,
 }
 
 #[derive(Debug)]
@@ -57,11 +57,11 @@ enum At {
     Ended,
 }
 
-impl Answer {
+impl ResponseParser {
     /// Creates a parser for the next response. `head_only`: the request method is HEAD. `spells`: the header records
     /// the spelling of its field names.
     pub fn new(head_only: bool, spells: bool) -> Self {
-        Answer { head_only, spells, at: At::Header(Scanner::default()), keeps: false, gulp: GULP_LEAST }
+        ResponseParser { head_only, spells, at: At::Header(Scanner::default()), keeps: false, read_size: READ_LEAST }
     }
 
     /// Whether the response is complete.
@@ -85,12 +85,12 @@ impl Answer {
 
     /// Size of the next read, in bytes. `got` is the size of the last read; a full read doubles the next one.
     pub fn room(&mut self, got: usize) -> usize {
-        if got >= self.gulp {
-            self.gulp = (2 * self.gulp).min(GULP_MOST);
+        if got >= self.read_size {
+            self.read_size = (2 * self.read_size).min(READ_MOST);
         }
         match self.at {
-            At::Length(left) => self.gulp.min(usize::try_from(left).unwrap_or(usize::MAX)),
-            _ => self.gulp,
+            At::Length(left) => self.read_size.min(usize::try_from(left).unwrap_or(usize::MAX)),
+            _ => self.read_size,
         }
     }
 
@@ -299,7 +299,7 @@ mod tests {
     }
 
     fn read(bytes: &[u8], size: usize, head_only: bool) -> Result<Read, String> {
-        let (mut answer, mut inbox) = (Answer::new(head_only, false), BytesMut::new());
+        let (mut answer, mut inbox) = (ResponseParser::new(head_only, false), BytesMut::new());
         let (mut interim, mut found, mut body) = (Vec::new(), None, Vec::new());
         for piece in bytes.chunks(size) {
             inbox.extend_from_slice(piece);
@@ -384,7 +384,7 @@ mod tests {
     fn a_header_that_is_none_is_the_fault_of_the_endpoint_whatever_is_wrong_with_it() {
         for line in ["099 Early", "000 None", "20 Short", "2000 Long", "abc Odd"] {
             let mut inbox = BytesMut::from(&*format!("HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n"));
-            let error = Answer::new(false, false).take(&mut inbox).expect_err(line);
+            let error = ResponseParser::new(false, false).take(&mut inbox).expect_err(line);
             assert_eq!(*error.esource(), pingora::ErrorSource::Upstream, "{line}");
             assert_eq!(*error.etype(), ErrorType::InvalidHTTPHeader, "{line}");
         }

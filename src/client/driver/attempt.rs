@@ -17,7 +17,7 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::Session;
 
 use super::Driven;
-use super::answer::{Answer, Part};
+use super::answer::{Part, ResponseParser};
 use super::connection::{Connection, Event, Messages};
 use super::request::{self, Outgoing};
 use super::sessions;
@@ -74,7 +74,7 @@ where
         // No byte was sent, so the connection can be reused.
         Err(error) => return Outcome { keeps_connection: true, ..Outcome::failed(error) },
     };
-    let answer = Answer::new(session.req_header().method == Method::HEAD, P::spells_answer(exchange));
+    let answer = ResponseParser::new(session.req_header().method == Method::HEAD, P::spells_answer(exchange));
     let messages = Messages::new(connection, outgoing, answer, peer.options.write_timeout);
     let mut passing = Passing { proxy, session, exchange, messages };
     match passing.run().await {

@@ -15,7 +15,7 @@ use pingora::upstreams::peer::{HttpPeer, Peer};
 use pingora::{Error, ErrorType, Result};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
-use super::answer::{Answer, Part};
+use super::answer::{Part, ResponseParser};
 use super::request::Outgoing;
 use crate::net;
 use crate::party::standstill::Standstill;
@@ -146,7 +146,7 @@ pub enum Event {
 pub struct Messages<'c> {
     connection: &'c mut Connection,
     outgoing: Outgoing,
-    answer: Answer,
+    answer: ResponseParser,
     /// Size of the last read, in bytes.
     got: usize,
     /// The error that ended sending.
@@ -158,7 +158,12 @@ pub struct Messages<'c> {
 
 impl<'c> Messages<'c> {
     /// Creates the messages of an exchange; `patience` is the maximum time without progress in sending.
-    pub fn new(connection: &'c mut Connection, outgoing: Outgoing, answer: Answer, patience: Option<Duration>) -> Self {
+    pub fn new(
+        connection: &'c mut Connection,
+        outgoing: Outgoing,
+        answer: ResponseParser,
+        patience: Option<Duration>,
+    ) -> Self {
         Messages { connection, outgoing, answer, got: 0, unsent: None, patience, stalled: None }
     }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use h2::Reason;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::conduct::{Conduct, Offence, Rules};
+use crate::client::conduct::{Conduct, Offence, Rules};
 use crate::client::frames::{END_STREAM, Frames, Passed, kind};
 use crate::error::{Refusal, refusal};
 use crate::party::wait::Timer;
@@ -26,9 +26,9 @@ const UNCLAIMED_MAX: usize = 1_024;
 
 /// The observations about a connection, shared by the stream of bytes and the owner of the connection.
 #[derive(Clone)]
-pub struct Watch(Arc<Mutex<Seen>>);
+pub struct Watch(Arc<Mutex<Observed>>);
 
-struct Seen {
+struct Observed {
     rules: Rules,
     conduct: Conduct,
     received: Frames,
@@ -46,7 +46,7 @@ struct Seen {
 impl Watch {
     /// Creates a watch without observations.
     pub fn new(rules: &Rules) -> Watch {
-        Watch(Arc::new(Mutex::new(Seen {
+        Watch(Arc::new(Mutex::new(Observed {
             rules: rules.clone(),
             conduct: Conduct::default(),
             received: Frames::of_client(),
@@ -91,16 +91,16 @@ impl Watch {
         by_library.then(|| self.seen().excess.unwrap_or(&refusal::HEADER_H2_PROTOCOL))
     }
 
-    fn seen(&self) -> MutexGuard<'_, Seen> {
+    fn seen(&self) -> MutexGuard<'_, Observed> {
         // One task uses the lock, so it never blocks.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Seen {
+impl Observed {
     fn read(&mut self, bytes: &[u8]) -> Result<(), Offence> {
         let now = Instant::now();
-        let Seen { rules, conduct, received, unclaimed, last_opened, .. } = self;
+        let Observed { rules, conduct, received, unclaimed, last_opened, .. } = self;
         received.take(bytes, |passed| {
             conduct.received(passed, rules, now)?;
             if let Passed::Head(head) = passed
@@ -118,7 +118,7 @@ impl Seen {
     }
 
     fn written(&mut self, bytes: &[u8]) {
-        let Seen { conduct, sent, verdicts, unclaimed, excess, .. } = self;
+        let Observed { conduct, sent, verdicts, unclaimed, excess, .. } = self;
         let mut judge = |stream: u32, refusal| {
             // Only the library itself writes on a stream that was not handed out.
             if unclaimed.binary_search(&stream).is_ok() {

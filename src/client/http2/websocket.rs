@@ -59,13 +59,13 @@ pub struct Carrier {
     /// Received bytes that were not read yet.
     front: Bytes,
     respond: SendResponse<Bytes>,
-    answer: Answer,
+    answer: ResponseState,
     /// The value of `Sec-WebSocket-Accept` that a WebSocket endpoint returns for our key.
     accept: String,
 }
 
 /// The state of the response.
-enum Answer {
+enum ResponseState {
     /// The part of the header written so far.
     Head(Vec<u8>),
     /// After a 101: bytes pass unchanged.
@@ -103,7 +103,7 @@ pub fn carry(
     let key = BASE64.encode(rand::random::<u128>().to_be_bytes());
     match head(&parts, &key) {
         Ok(head) => {
-            let (front, answer) = (Bytes::new(), Answer::Head(Vec::new()));
+            let (front, answer) = (Bytes::new(), ResponseState::Head(Vec::new()));
             let io = Carrier { socket, digest, body, front, respond, answer, accept: accept(&key) };
             Ok(Carried { head, io })
         }
@@ -200,7 +200,7 @@ impl Carrier {
     /// Takes written bytes of a response. Returns how many were used.
     fn poll_take(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.answer {
-            Answer::Head(head) => {
+            ResponseState::Head(head) => {
                 // The end is searched byte by byte, since other content follows it.
                 let before = head.len();
                 head.extend_from_slice(bytes);
@@ -215,14 +215,16 @@ impl Carrier {
                 self.begin(&whole)?;
                 Poll::Ready(Ok(length - before))
             }
-            Answer::Open(send) => {
+            ResponseState::Open(send) => {
                 let some = ready!(poll_credit(send, bytes.len(), cx))?;
                 send.send_data(Bytes::copy_from_slice(&bytes[..some]), false).map_err(broken)?;
                 Poll::Ready(Ok(some))
             }
-            Answer::Body(..) => {
+            ResponseState::Body(..) => {
                 ready!(self.poll_pending(cx))?;
-                let Answer::Body(_, end, pending) = &mut self.answer else { return Poll::Ready(Ok(bytes.len())) };
+                let ResponseState::Body(_, end, pending) = &mut self.answer else {
+                    return Poll::Ready(Ok(bytes.len()));
+                };
                 let piece = &bytes[..bytes.len().min(PIECE_BYTES)];
                 let taken = match end {
                     End::Length(left) => {
@@ -247,7 +249,7 @@ impl Carrier {
                 }
                 Poll::Ready(Ok(taken))
             }
-            Answer::Whole => Poll::Ready(Ok(bytes.len())),
+            ResponseState::Whole => Poll::Ready(Ok(bytes.len())),
         }
     }
 
@@ -276,7 +278,7 @@ impl Carrier {
         *answer.status_mut() = status;
         *answer.headers_mut() = fields;
         if status.is_informational() {
-            self.answer = Answer::Head(Vec::new());
+            self.answer = ResponseState::Head(Vec::new());
             return self.respond.send_informational(answer).map_err(broken);
         }
         if agreed {
@@ -286,16 +288,16 @@ impl Carrier {
         let empty = !agreed && matches!(end, End::Length(0));
         let send = self.respond.send_response(answer, empty).map_err(broken)?;
         self.answer = match (agreed, empty) {
-            (true, _) => Answer::Open(send),
-            (_, true) => Answer::Whole,
-            _ => Answer::Body(send, end, BytesMut::new()),
+            (true, _) => ResponseState::Open(send),
+            (_, true) => ResponseState::Whole,
+            _ => ResponseState::Body(send, end, BytesMut::new()),
         };
         Ok(())
     }
 
     /// Sends the bytes that wait for credit, and the end when it is reached.
     fn poll_pending(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Answer::Body(send, end, pending) = &mut self.answer else { return Poll::Ready(Ok(())) };
+        let ResponseState::Body(send, end, pending) = &mut self.answer else { return Poll::Ready(Ok(())) };
         while !pending.is_empty() {
             let some = ready!(poll_credit(send, pending.len(), cx))?;
             send.send_data(pending.split_to(some).freeze(), false).map_err(broken)?;
@@ -307,7 +309,7 @@ impl Carrier {
         };
         if over {
             send.send_data(Bytes::new(), true).map_err(broken)?;
-            self.answer = Answer::Whole;
+            self.answer = ResponseState::Whole;
         }
         Poll::Ready(Ok(()))
     }
@@ -345,13 +347,13 @@ impl AsyncWrite for Carrier {
     /// Ends the stream; an incomplete response is reset.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_pending(cx))?;
-        match std::mem::replace(&mut self.answer, Answer::Whole) {
-            Answer::Open(mut send) | Answer::Body(mut send, End::Closed, _) => {
+        match std::mem::replace(&mut self.answer, ResponseState::Whole) {
+            ResponseState::Open(mut send) | ResponseState::Body(mut send, End::Closed, _) => {
                 // An error means that the client has reset the stream.
                 let _ = send.send_data(Bytes::new(), true);
             }
-            Answer::Body(mut send, ..) => send.send_reset(Reason::INTERNAL_ERROR),
-            Answer::Head(_) | Answer::Whole => {}
+            ResponseState::Body(mut send, ..) => send.send_reset(Reason::INTERNAL_ERROR),
+            ResponseState::Head(_) | ResponseState::Whole => {}
         }
         Poll::Ready(Ok(()))
     }

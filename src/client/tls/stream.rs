@@ -22,7 +22,6 @@ use pingora::tls::ssl_sys as ffi;
 use pingora::tls::tokio_ssl::SslStream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::client::connection::Connection;
 use crate::error::{Refusal, refusal};
 
 /// Maximum number of plain bytes per record (RFC 8446 §5.1).
@@ -40,6 +39,21 @@ thread_local! {
     static RECORD: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
+/// The connection of a socket, as TLS sees it.
+pub trait Owner: Send + Sync {
+    /// Counts encrypted bytes that the socket has accepted.
+    fn took(&self, bytes: usize);
+
+    /// Counts a refused request of the client, such as renegotiation.
+    fn count(&self, refusal: &'static Refusal);
+
+    /// Whether the bytes of the current write are the last ones of the connection and complete its last response.
+    fn is_last_write(&self) -> bool;
+
+    /// Whether a response was cut: its end must not be marked as regular (`close_notify`, RFC 9112 §9.8).
+    fn breaks_off(&self) -> bool;
+}
+
 /// A socket whose first bytes may already be read.
 pub struct Raw {
     io: Stream,
@@ -48,8 +62,8 @@ pub struct Raw {
     /// Encrypted bytes; those from `sent` on were not accepted by the socket yet.
     cipher: Vec<u8>,
     sent: usize,
-    /// The connection that counts accepted bytes.
-    connection: Option<Arc<Connection>>,
+    /// The connection that it belongs to, once there is one.
+    owner: Option<Arc<dyn Owner>>,
     /// Whether the library has read the header of an alert in clear text.
     alerted: bool,
     /// Whether a shutdown leaves the socket open: the library only adds its end to the encrypted bytes.
@@ -65,15 +79,7 @@ fn is_alert(record: &[u8]) -> bool {
 impl Raw {
     /// A socket of which no byte was read.
     pub fn new(io: Stream) -> Self {
-        Raw {
-            io,
-            front: BytesMut::new(),
-            cipher: Vec::new(),
-            sent: 0,
-            connection: None,
-            alerted: false,
-            stays_open: false,
-        }
+        Raw { io, front: BytesMut::new(), cipher: Vec::new(), sent: 0, owner: None, alerted: false, stays_open: false }
     }
 
     /// Bytes read and not yet passed on.
@@ -96,9 +102,9 @@ impl Raw {
         (self.io, self.front)
     }
 
-    /// Sets the connection that counts bytes accepted by the socket.
-    pub fn tell(&mut self, connection: Arc<Connection>) {
-        self.connection = Some(connection);
+    /// Sets the connection that it belongs to.
+    pub fn set_owner(&mut self, owner: Arc<dyn Owner>) {
+        self.owner = Some(owner);
     }
 
     /// Whether the client has sent an alert in clear text.
@@ -108,8 +114,8 @@ impl Raw {
 
     /// Counts a refused request of the client, such as renegotiation.
     fn count(&self, refusal: &'static Refusal) {
-        if let Some(connection) = &self.connection {
-            connection.listener.metrics.refusals.count(refusal);
+        if let Some(owner) = &self.owner {
+            owner.count(refusal);
         }
     }
 
@@ -134,8 +140,8 @@ impl Raw {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.sent += taken;
-            if let Some(connection) = &self.connection {
-                connection.took(taken);
+            if let Some(owner) = &self.owner {
+                owner.took(taken);
             }
         }
         self.sent = 0;
@@ -223,8 +229,8 @@ impl TlsStream {
     /// Encrypts the end (`close_notify`) behind the last bytes of the connection, unless a response was cut. Both are
     /// sent together.
     fn encrypt_end(&mut self, cx: &mut Context<'_>) {
-        let is_last = |connection: &Arc<Connection>| connection.is_last_write() && !connection.breaks_off();
-        if self.closed || !self.raw().connection.as_ref().is_some_and(is_last) {
+        let is_last = |owner: &Arc<dyn Owner>| owner.is_last_write() && !owner.breaks_off();
+        if self.closed || !self.raw().owner.as_ref().is_some_and(is_last) {
             return;
         }
         self.closed = true;
@@ -343,7 +349,7 @@ impl AsyncWrite for TlsStream {
 
     /// Sends the end (`close_notify`), unless a response was cut, and closes the writing side of the socket.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let breaks_off = self.raw().connection.as_ref().is_some_and(|connection| connection.breaks_off());
+        let breaks_off = self.raw().owner.as_ref().is_some_and(|owner| owner.breaks_off());
         if !std::mem::replace(&mut self.closed, true) && !breaks_off {
             // Called once: a second time, the library would wait for the client's reply.
             return Pin::new(&mut self.ssl).poll_shutdown(cx);
@@ -404,6 +410,7 @@ mod tests {
     use super::super::context::Terms;
     use super::super::handshake::Facts;
     use super::*;
+    use crate::client::connection::Connection;
     use crate::client::connection::tests::connection;
     use crate::client::stream::{ClientStream, Opening};
     use crate::config::listener::Protocol;
@@ -419,7 +426,7 @@ mod tests {
         let (client, io) = tokio::io::duplex(room);
         let connection = connection("");
         let mut raw = Raw::new(Box::new(io));
-        raw.tell(connection.clone());
+        raw.set_owner(connection.clone());
         let mut server = SslStream::new(ssl, raw).expect("a server");
 
         let mut connector = SslConnector::builder(SslMethod::tls()).expect("TLS");

@@ -3,10 +3,12 @@
 use http::Uri;
 use std::collections::BTreeMap;
 
-use super::{Check, Seen, expected, is_label, value};
+use super::{Check, FirstPaths, value};
 use crate::config::acme::{Challenge, Eab, Issuer, NAMES_MAX, issuable};
+use crate::config::address::is_label;
+use crate::config::explain::expected;
 use crate::config::listener::tls::{Certificate, CertificateNames};
-use crate::config::report::{Finding, Spot};
+use crate::config::report::{Finding, FindingLocation};
 use crate::error::path::{self, join};
 
 impl Check<'_> {
@@ -14,7 +16,7 @@ impl Check<'_> {
     pub(super) fn issuers(&mut self, issuers: &BTreeMap<String, Issuer>) {
         for (name, issuer) in issuers {
             let at = join("acme", &path::key(name));
-            self.name(name, Spot::Key(at.clone()));
+            self.name(name, FindingLocation::Key(at.clone()));
             self.issuer(name, issuer, &at);
         }
     }
@@ -22,12 +24,14 @@ impl Check<'_> {
     fn issuer(&mut self, name: &str, issuer: &Issuer, path: &str) {
         let at = |key: &str| format!("{path}.{key}");
         if name.starts_with('.') {
-            let finding = Finding::error(Spot::Key(path.to_owned()), format!("`{name}` is not the name of an issuer"));
+            let finding =
+                Finding::error(FindingLocation::Key(path.to_owned()), format!("`{name}` is not the name of an issuer"));
             self.wrong(finding.label("expected a letter or a digit first: it becomes a directory's name"));
         }
         let Issuer { directory, email, agree_to_terms: _, challenge: _, store, ca, eab, timeouts, retry } = issuer;
         if issuer.directory(name).is_none() && !self.parts.broken.at(&at("directory")) {
-            let finding = Finding::error(Spot::Key(path.to_owned()), format!("the issuer `{name}` has no directory"));
+            let finding =
+                Finding::error(FindingLocation::Key(path.to_owned()), format!("the issuer `{name}` has no directory"));
             self.wrong(
                 finding
                     .label("expected a `directory: https://…`")
@@ -56,14 +60,15 @@ impl Check<'_> {
         self.time(&at("retry.first"), retry.first);
         if retry.max < retry.first {
             let (shortest, longest) = (at("retry.first"), at("retry.max"));
-            let spot = if self.is_written(&longest) { longest } else { shortest };
-            let finding = Finding::error(value(spot), "the first wait is longer than any may be");
+            let location = if self.is_written(&longest) { longest } else { shortest };
+            let finding = Finding::error(value(location), "the first wait is longer than any may be");
             self.wrong(
                 finding.label(format!("expected a `first` ({}) of no more than `max` ({})", retry.first, retry.max)),
             );
         }
         if self.is_asked(name) == Some(false) {
-            let finding = Finding::warning(Spot::Key(path.to_owned()), format!("no certificate is asked of `{name}`"));
+            let finding =
+                Finding::warning(FindingLocation::Key(path.to_owned()), format!("no certificate is asked of `{name}`"));
             self.wrong(finding.label("never asked").help(format!(
                 "write `tls: {{ certificates: [ {{ acme: {name}, names: [ www.example.com ] }} ] }}` at a listener"
             )));
@@ -137,7 +142,8 @@ impl Check<'_> {
             }
             (cert, _) => {
                 let (there, missing) = if cert.is_some() { ("cert", "key") } else { ("key", "cert") };
-                let finding = Finding::error(Spot::Key(format!("{path}.{there}")), format!("`{missing}` is missing"));
+                let finding =
+                    Finding::error(FindingLocation::Key(format!("{path}.{there}")), format!("`{missing}` is missing"));
                 self.wrong(finding.label(format!("`{there}` needs it beside it")).help(whole));
             }
         }
@@ -155,7 +161,7 @@ impl Check<'_> {
             ("staple", certificate.staple.is_some()),
         ] {
             if is_there {
-                let at = Spot::Key(format!("{path}.{key}"));
+                let at = FindingLocation::Key(format!("{path}.{key}"));
                 let finding = Finding::error(at, format!("`{key}` has no effect on a certificate of an issuer"));
                 self.wrong(finding.label("leave it out, or `acme`"));
             }
@@ -170,8 +176,8 @@ impl Check<'_> {
             }
             CertificateNames::Auto => {}
             CertificateNames::These(names) if names.is_empty() && !self.parts.broken.within(&at) => {
-                let spot = if self.is_written(&at) { value(at) } else { value(path) };
-                let finding = Finding::error(spot, "a certificate from an issuer needs `names`");
+                let location = if self.is_written(&at) { value(at) } else { value(path) };
+                let finding = Finding::error(location, "a certificate from an issuer needs `names`");
                 self.wrong(finding.label("expected `names: [ www.example.com ]`, or `names: auto`"));
             }
             CertificateNames::These(names) => self.issued_names(names, &at),
@@ -183,7 +189,7 @@ impl Check<'_> {
             let finding = Finding::error(value(path), "these are too many names for one certificate");
             self.wrong(finding.label(format!("expected at most {NAMES_MAX}")).help("write several certificates"));
         }
-        let mut seen = Seen::default();
+        let mut seen = FirstPaths::default();
         for (index, name) in names.iter().enumerate() {
             let at = self.item(path, index);
             if let Err(objection) = issuable(name) {

@@ -12,8 +12,8 @@ use prometheus::{IntCounter, IntGauge};
 use proptest::prelude::*;
 
 use super::row;
-use crate::party::limits::{DELAY_MAX, Seen};
-use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Look, Party, Patience, Stage, Waits, What};
+use crate::party::limits::{Checked, DELAY_MAX};
+use crate::party::{Bounds, Deadline, DelaysEndpoint, Fault, Party, Recheck, Stage, UpstreamTimeouts, Waits, What};
 use crate::proxy::fault::breakage;
 use crate::upstream::breaker::{self, Breaker};
 use crate::upstream::latency::Latency;
@@ -23,7 +23,7 @@ use crate::upstream::{Ended, Outcome};
 const SEND: u64 = 300;
 const WAIT: u64 = 600;
 const RECEIVE: u64 = 450;
-const PATIENCE: Patience = Patience { send: ms(SEND), wait: ms(WAIT), receive: ms(RECEIVE) };
+const PATIENCE: UpstreamTimeouts = UpstreamTimeouts { send: ms(SEND), wait: ms(WAIT), receive: ms(RECEIVE) };
 
 /// The part of a stall that the heartbeat cannot see, by its interval.
 const UNSEEN: u64 = 10;
@@ -78,7 +78,7 @@ struct Attempt<'s> {
     now: u64,
     waits: Arc<Waits>,
     bounds: Bounds,
-    look: Look,
+    recheck: Recheck,
     stage: Stage,
     whole: bool,
     given: u64,
@@ -101,7 +101,7 @@ impl<'s> Attempt<'s> {
             now: 0,
             waits,
             bounds,
-            look: Look::default(),
+            recheck: Recheck::default(),
             stage: Stage::Sending,
             whole: false,
             given: 0,
@@ -135,14 +135,14 @@ impl<'s> Attempt<'s> {
         loop {
             let due = self.bounds.due(self.stage, self.whole, &self.waits);
             let alarm =
-                due.map(|(due, _)| self.look.next(due).saturating_duration_since(self.began).as_millis() as u64);
+                due.map(|(due, _)| self.recheck.next(due).saturating_duration_since(self.began).as_millis() as u64);
             let (now, lag) = self.round(alarm.map_or(next, |alarm| alarm.min(next)).max(self.now));
             self.now = now;
             self.waits.note_lag(ms(lag), self.at(now));
             // The control runs before the exchange.
             if let Some((due, fault)) = self.bounds.due(self.stage, self.whole, &self.waits)
-                && self.look.next(due) <= self.at(now)
-                && self.look.at(due, self.at(now)) == Seen::Over
+                && self.recheck.next(due) <= self.at(now)
+                && self.recheck.at(due, self.at(now)) == Checked::Over
             {
                 return Err(fault);
             }
@@ -289,7 +289,7 @@ prop_compose! {
     ) -> Schedule {
         let steps = keeping(&raw, 999);
         let (to_header, all) = own_millis(&steps);
-        // A small part of each stall is unseen, and each look takes a millisecond.
+        // A small part of each stall is unseen, and each check takes a millisecond.
         let unseen = stalls.len() as u64 * (UNSEEN + STALL_LEAST) + 3 * steps.len() as u64 + 5;
         let deadline = deadline.map(|(more, is_clients)| ((all + unseen) * 10 / 9 + 1 + more, is_clients));
         let attempt = attempt.map(|more| to_header + unseen + more);
@@ -343,7 +343,7 @@ proptest! {
             let fault = played.fault;
             prop_assert!(fault.is_none_or(|fault| row(fault).refusal.reason != "internal"), "{fault:?} has no row");
             prop_assert_eq!(played.outcome.failure(), None, "{:?}", fault);
-            let seen = played.ended.seen();
+            let seen = played.ended.effects();
             prop_assert!(!breaker.note(&leave.expect("it is closed"), seen.breaker, began));
             let guilty = seen.outlier.and_then(|pass| score.note(pass, played.ended.to_header(), &STRICT));
             prop_assert_eq!(guilty, None);

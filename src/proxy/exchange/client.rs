@@ -5,23 +5,28 @@ use std::sync::Arc;
 
 use http::Uri;
 
-use crate::client::connection::{Begin, Connection, UnderWay};
+use crate::client::connection::Connection;
 use crate::client::http2::Control;
+use crate::client::listener::UnderWay;
+use crate::client::start::ExchangeStart;
+use crate::client::stream::WeakBypass;
 use crate::client::tls::handshake::Facts;
 use crate::config::listener::OddNames;
 use crate::error::Refusal;
 use crate::expression::{Identity, Prefix, Secured};
 use crate::party::Fault;
 use crate::slow_client::waiting::Who;
-use crate::upstream::transport::greeting::Parties;
+use crate::upstream::transport::proxy_protocol::ClientAddresses;
 
 /// The client of an exchange.
 #[derive(Default)]
 pub struct Client {
-    /// The connection. `None` only for sessions that `client::Front` did not create.
+    /// The connection. `None` only for sessions that `client::DownstreamApp` did not create.
     pub connection: Option<Arc<Connection>>,
     /// The control of the stream, on HTTP/2.
     pub control: Option<Control>,
+    /// The path past the session, on HTTP/1.
+    pub bypass: Option<WeakBypass>,
     /// The client's address: the peer's, or the one that a trusted proxy names.
     pub address: Option<IpAddr>,
     /// The part of the address that identifies one client, for limits per client.
@@ -38,9 +43,9 @@ pub struct Client {
 
 impl Client {
     /// The client of a new exchange. Its address is determined from the header later.
-    pub fn new(begin: Option<Begin>) -> Client {
-        let Some(Begin { connection, control, .. }) = begin else { return Client::default() };
-        Client { connection: Some(connection), control, ..Client::default() }
+    pub fn new(begin: Option<ExchangeStart>) -> Client {
+        let Some(ExchangeStart { connection, control, bypass, .. }) = begin else { return Client::default() };
+        Client { connection: Some(connection), control, bypass, ..Client::default() }
     }
 
     /// Counts the exchange among the active requests of its client.
@@ -99,9 +104,9 @@ impl Client {
     }
 
     /// The two ends of the client's connection, as the endpoint may learn them.
-    pub fn parties(&self) -> Option<Parties> {
+    pub fn addresses(&self) -> Option<ClientAddresses> {
         let (connection, client) = (self.connection.as_ref()?, self.address?);
-        Some(Parties { client: SocketAddr::new(client, self.port()), gateway: connection.local? })
+        Some(ClientAddresses { client: SocketAddr::new(client, self.port()), gateway: connection.local? })
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use crate::client::connection::Begin;
+use crate::client::start::ExchangeStart;
 use crate::eventloop::worker;
-use crate::metrics::{Metrics, Seat};
+use crate::metrics::{Metrics, PhaseGuard};
 use crate::phase::journal::steps::Notebook;
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
@@ -17,7 +17,7 @@ pub struct Progress {
     /// Time at which the first byte of the request arrived.
     pub begun: Instant,
     /// Counts the exchange in the gauge of its phase.
-    seat: Seat,
+    seat: PhaseGuard,
     /// Records its steps with their times, during a recording or for a sampled trace.
     journal: Option<Box<Journal>>,
     /// Records the steps of its filters, if there is a journal.
@@ -26,7 +26,7 @@ pub struct Progress {
 
 impl Progress {
     /// Begins in phase `route`, with the connection's record of earlier phases.
-    pub fn begin(begin: Option<&Begin>, metrics: &Metrics) -> Progress {
+    pub fn begin(begin: Option<&ExchangeStart>, metrics: &Metrics) -> Progress {
         let (begun, routed) = match begin {
             Some(begin) => (begin.header_since, begin.header_done),
             None => {
@@ -95,7 +95,7 @@ fn note(now: Instant, passed: Passed) -> Note {
 }
 
 /// Creates a journal with the events before the exchange had a context; `routed` is the time at which it got one.
-fn opened(begin: Option<&Begin>, routed: Instant) -> Journal {
+fn opened(begin: Option<&ExchangeStart>, routed: Instant) -> Journal {
     let route = Note::early(Tick { at: routed, cycle: worker::cycle() });
     let Some(begin) = begin else { return Journal::begin(Phase::Route, route) };
     let header = Note::early(Tick { at: begin.header_since, cycle: begin.header_in });

@@ -7,7 +7,7 @@ use crate::proxy::epoch::Epoch;
 use crate::proxy::forwarded::Additions;
 use crate::proxy::routes::Route;
 use crate::upstream::Upstream;
-use crate::upstream::sticky::Stuck;
+use crate::upstream::sticky::StickyTarget;
 
 /// The destination of an exchange. Each part is set in its phase and does not change afterwards.
 #[derive(Default)]
@@ -23,7 +23,7 @@ pub struct Routing {
     /// The hash of the exchange's key, for upstreams that balance by hash.
     pub hash: u64,
     /// The endpoint named by Forebay's sticky cookie.
-    pub stuck: Option<Stuck>,
+    pub stuck: Option<StickyTarget>,
     /// The driver, once the filters have passed the exchange.
     pub course: Option<Course>,
 }

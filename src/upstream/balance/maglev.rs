@@ -31,7 +31,7 @@ impl Maglev {
         let mut table = vec![FREE; size];
         let mut walks: Vec<Walk> = members.iter().map(|member| Walk::new(member.name, size as u64)).collect();
         let mut left = size;
-        for number in Turns::new(members) {
+        for number in Rotation::new(members) {
             if left == 0 {
                 break;
             }
@@ -74,7 +74,7 @@ impl Walk {
 
 /// Decides which member takes the next place: the n-th turn of a member is due at n divided by its weight. When a
 /// member leaves, the others keep their order, so most of the table stays the same.
-struct Turns {
+struct Rotation {
     /// Members of equal weight take their turns together, in the order of their names.
     classes: Vec<(u64, Vec<usize>)>,
     due: BinaryHeap<Reverse<Due>>,
@@ -105,8 +105,8 @@ impl PartialOrd for Due {
     }
 }
 
-impl Turns {
-    fn new(members: &[Identity<'_>]) -> Turns {
+impl Rotation {
+    fn new(members: &[Identity<'_>]) -> Rotation {
         let mut order: Vec<usize> = (0..members.len()).collect();
         order.sort_by_key(|&number| (members[number].weight, members[number].name));
         let mut classes: Vec<(u64, Vec<usize>)> = Vec::new();
@@ -118,11 +118,11 @@ impl Turns {
             }
         }
         let due = classes.iter().enumerate().map(|(class, &(weight, _))| Reverse(Due { turns: 0, weight, class }));
-        Turns { due: due.collect(), classes, now: (0, usize::MAX) }
+        Rotation { due: due.collect(), classes, now: (0, usize::MAX) }
     }
 }
 
-impl Iterator for Turns {
+impl Iterator for Rotation {
     type Item = usize;
 
     fn next(&mut self) -> Option<usize> {

@@ -11,14 +11,14 @@ use std::net::{IpAddr, SocketAddr};
 
 /// The address of an endpoint, and an alternative address of the same server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Way {
+pub struct AddressPair {
     pub address: SocketAddr,
     pub alternate: Option<SocketAddr>,
 }
 
 /// The endpoints for these addresses. If both families have equally many, IPv6 is preferred (RFC 6724), unless
 /// `is_reachable` finds no route to one of its addresses.
-pub fn ways(addresses: &[IpAddr], port: u16, is_reachable: impl Fn(IpAddr) -> bool) -> Vec<Way> {
+pub fn address_pairs(addresses: &[IpAddr], port: u16, is_reachable: impl Fn(IpAddr) -> bool) -> Vec<AddressPair> {
     let distinct: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
     let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = distinct.into_iter().partition(IpAddr::is_ipv4);
     let (mut first, mut second) = if v4.len() > v6.len() { (v4, v6) } else { (v6, v4) };
@@ -30,7 +30,7 @@ pub fn ways(addresses: &[IpAddr], port: u16, is_reachable: impl Fn(IpAddr) -> bo
     }
     let at = |ip: IpAddr| SocketAddr::new(ip, port);
     let others = second.iter().cycle().map(|&ip| Some(at(ip))).chain(std::iter::repeat(None));
-    first.iter().zip(others).map(|(&ip, alternate)| Way { address: at(ip), alternate }).collect()
+    first.iter().zip(others).map(|(&ip, alternate)| AddressPair { address: at(ip), alternate }).collect()
 }
 
 /// Whether the kernel has a route to that address; sends nothing.
@@ -46,11 +46,11 @@ mod tests {
 
     fn made(addresses: &[&str], is_reachable: impl Fn(IpAddr) -> bool) -> Vec<String> {
         let addresses: Vec<IpAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
-        let said = |way: Way| match way.alternate {
-            Some(alternate) => format!("{} or {}", way.address.ip(), alternate.ip()),
-            None => way.address.ip().to_string(),
+        let said = |pair: AddressPair| match pair.alternate {
+            Some(alternate) => format!("{} or {}", pair.address.ip(), alternate.ip()),
+            None => pair.address.ip().to_string(),
         };
-        ways(&addresses, 80, is_reachable).into_iter().map(said).collect()
+        address_pairs(&addresses, 80, is_reachable).into_iter().map(said).collect()
     }
 
     #[test]

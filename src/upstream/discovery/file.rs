@@ -32,7 +32,7 @@ pub struct Listed {
 }
 
 /// The content of the file, and a number that identifies it.
-pub struct Look {
+pub struct Contents {
     pub hash: u64,
     pub listed: Result<Vec<Endpoint>, String>,
 }
@@ -54,7 +54,7 @@ impl Listed {
     }
 
     /// Reads the file. `last` identifies the last content: the same content is not parsed again.
-    pub fn look(&self, last: Option<u64>) -> Option<Look> {
+    pub fn changed(&self, last: Option<u64>) -> Option<Contents> {
         let text = self.read();
         let hash = match &text {
             Ok(text) => xxh3_64(text.as_bytes()),
@@ -64,7 +64,7 @@ impl Listed {
             return None;
         }
         let listed = text.and_then(|text| config::endpoints(&self.written, &text));
-        Some(Look { hash, listed })
+        Some(Contents { hash, listed })
     }
 
     fn read(&self) -> Result<String, String> {
@@ -137,9 +137,9 @@ mod tests {
         }
         let refresh = Duration::from_secs(1);
         let listed = Listed { path, written: "endpoints.yaml".to_owned(), size_max: Size(bytes_max), refresh };
-        let look = listed.look(None).unwrap();
-        assert!(listed.look(Some(look.hash)).is_none(), "the same again is nothing new");
-        look.listed.map(|listed| listed.into_iter().map(|endpoint| endpoint.address.0).collect())
+        let contents = listed.changed(None).unwrap();
+        assert!(listed.changed(Some(contents.hash)).is_none(), "the same again is nothing new");
+        contents.listed.map(|listed| listed.into_iter().map(|endpoint| endpoint.address.0).collect())
     }
 
     #[test]

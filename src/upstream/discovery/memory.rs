@@ -10,7 +10,7 @@ const TTL_MIN: Duration = Duration::from_secs(1);
 
 /// The result of a query.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Answer<T> {
+pub enum QueryResult<T> {
     /// These records, with their TTL.
     Found(Vec<T>, Duration),
     /// There are none, with the reason.
@@ -63,16 +63,16 @@ impl<T: PartialEq> Memory<T> {
     }
 
     /// Processes a result.
-    pub fn learn(&mut self, answer: Answer<T>, now: Instant, refresh: Duration) -> Learned {
+    pub fn learn(&mut self, answer: QueryResult<T>, now: Instant, refresh: Duration) -> Learned {
         let soon = TTL_MIN.min(refresh);
         let (kind, changed, pause) = match answer {
-            Answer::Found(found, ttl) => {
+            QueryResult::Found(found, ttl) => {
                 self.none_since = None;
                 let changed = self.good != found;
                 self.good = found;
                 (Kind::Found, changed, ttl.clamp(soon, refresh))
             }
-            Answer::None(_) => {
+            QueryResult::None(_) => {
                 let since = *self.none_since.get_or_insert(now);
                 let believed = now.saturating_duration_since(since) >= refresh && !self.good.is_empty();
                 if believed {
@@ -80,7 +80,7 @@ impl<T: PartialEq> Memory<T> {
                 }
                 (Kind::None, believed, if self.good.is_empty() { refresh } else { soon })
             }
-            Answer::Failed(_) => (Kind::Failed, false, (soon * 2_u32.pow(self.failures.min(10))).min(refresh)),
+            QueryResult::Failed(_) => (Kind::Failed, false, (soon * 2_u32.pow(self.failures.min(10))).min(refresh)),
         };
         self.failures = if kind == Kind::Failed { self.failures.saturating_add(1) } else { 0 };
         let is_news = self.last.replace(kind) != Some(kind);
@@ -95,9 +95,9 @@ mod tests {
     const REFRESH: Duration = Duration::from_secs(30);
 
     /// For each answer, given at its second: the known records, and the seconds until the next query.
-    fn learned(answers: &[(u64, Answer<u8>)]) -> Vec<(Vec<u8>, f64)> {
+    fn learned(answers: &[(u64, QueryResult<u8>)]) -> Vec<(Vec<u8>, f64)> {
         let (start, mut memory) = (Instant::now(), Memory::default());
-        let mut learn = |(second, answer): &(u64, Answer<u8>)| {
+        let mut learn = |(second, answer): &(u64, QueryResult<u8>)| {
             let now = start + Duration::from_secs(*second);
             let learned = memory.learn(answer.clone(), now, REFRESH);
             (memory.good().to_vec(), (learned.next - now).as_secs_f64())
@@ -105,16 +105,16 @@ mod tests {
         answers.iter().map(&mut learn).collect()
     }
 
-    fn found(what: &[u8], ttl: u64) -> Answer<u8> {
-        Answer::Found(what.to_vec(), Duration::from_secs(ttl))
+    fn found(what: &[u8], ttl: u64) -> QueryResult<u8> {
+        QueryResult::Found(what.to_vec(), Duration::from_secs(ttl))
     }
 
-    fn none() -> Answer<u8> {
-        Answer::None(String::new())
+    fn none() -> QueryResult<u8> {
+        QueryResult::None(String::new())
     }
 
-    fn failed() -> Answer<u8> {
-        Answer::Failed(String::new())
+    fn failed() -> QueryResult<u8> {
+        QueryResult::Failed(String::new())
     }
 
     #[test]

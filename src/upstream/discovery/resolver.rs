@@ -17,7 +17,7 @@ use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::{RData, RecordType};
 use hickory_resolver::system_conf::read_system_conf;
 
-use super::memory::Answer;
+use super::memory::QueryResult;
 use crate::party::pauses::paused;
 use crate::party::wait::{NoClient, within};
 
@@ -31,10 +31,10 @@ const TRIES: u32 = 3;
 #[async_trait]
 pub trait Resolve: Send + Sync {
     /// The addresses of `host`.
-    async fn addresses(&self, host: &str) -> Answer<IpAddr>;
+    async fn addresses(&self, host: &str) -> QueryResult<IpAddr>;
 
     /// The SRV records of `name`.
-    async fn services(&self, name: &str) -> Answer<Service>;
+    async fn services(&self, name: &str) -> QueryResult<Service>;
 }
 
 /// One SRV record (RFC 2782), with the addresses of its host.
@@ -110,21 +110,21 @@ impl Resolver {
         TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
     }
 
-    async fn look_up(&self, host: &str) -> Answer<IpAddr> {
+    async fn look_up(&self, host: &str) -> QueryResult<IpAddr> {
         let asked = async { self.current()?.lookup_ip(host).await };
         match asked.await {
             Ok(found) => {
                 let addresses: Vec<IpAddr> = found.iter().collect();
                 match addresses.is_empty() {
-                    true => Answer::None(format!("`{host}` has no address")),
-                    false => Answer::Found(addresses, left(found.valid_until())),
+                    true => QueryResult::None(format!("`{host}` has no address")),
+                    false => QueryResult::Found(addresses, left(found.valid_until())),
                 }
             }
             Err(error) => told(host, &error),
         }
     }
 
-    async fn look_up_service(&self, name: &str) -> Answer<Service> {
+    async fn look_up_service(&self, name: &str) -> QueryResult<Service> {
         let asked = async { self.current()?.lookup(name, RecordType::SRV).await };
         let found = match asked.await {
             Ok(found) => found,
@@ -140,29 +140,31 @@ impl Resolver {
         let mut services = Vec::new();
         for (record, answer) in join_all(hosts).await {
             match answer {
-                Answer::Found(addresses, host_ttl) => {
+                QueryResult::Found(addresses, host_ttl) => {
                     ttl = ttl.min(host_ttl);
                     let (priority, weight, port) = (record.priority, record.weight, record.port);
                     services.push(Service { priority, weight, port, addresses });
                 }
-                Answer::None(_) => {}
+                QueryResult::None(_) => {}
                 // Without it, the result would lack a server that may exist.
-                Answer::Failed(why) => return Answer::Failed(format!("`{name}` names a host that is unknown: {why}")),
+                QueryResult::Failed(why) => {
+                    return QueryResult::Failed(format!("`{name}` names a host that is unknown: {why}"));
+                }
             }
         }
         match services.is_empty() {
-            true => Answer::None(format!("`{name}` lists no server that has an address")),
-            false => Answer::Found(services, ttl),
+            true => QueryResult::None(format!("`{name}` lists no server that has an address")),
+            false => QueryResult::Found(services, ttl),
         }
     }
 
-    async fn in_time<T, F: Future<Output = Answer<T>>>(&self, name: &str, ask: impl Fn() -> F) -> Answer<T> {
+    async fn in_time<T, F: Future<Output = QueryResult<T>>>(&self, name: &str, ask: impl Fn() -> F) -> QueryResult<T> {
         let late =
-            || Answer::Failed(format!("no answer with the addresses of `{name}` came within {:?}", self.timeout));
+            || QueryResult::Failed(format!("no answer with the addresses of `{name}` came within {:?}", self.timeout));
         let since = Instant::now();
         let answer = within(self.timeout, NoClient::Discovery, ask()).await.unwrap_or_else(late);
         // The clocks of hickory-resolver run on while the gateway is suspended: its servers get their time again, once.
-        if matches!(answer, Answer::Failed(_)) && !paused(since, Instant::now(), None).is_zero() {
+        if matches!(answer, QueryResult::Failed(_)) && !paused(since, Instant::now(), None).is_zero() {
             return within(self.timeout, NoClient::Discovery, ask()).await.unwrap_or_else(late);
         }
         answer
@@ -171,11 +173,11 @@ impl Resolver {
 
 #[async_trait]
 impl Resolve for Resolver {
-    async fn addresses(&self, host: &str) -> Answer<IpAddr> {
+    async fn addresses(&self, host: &str) -> QueryResult<IpAddr> {
         self.in_time(host, || self.look_up(host)).await
     }
 
-    async fn services(&self, name: &str) -> Answer<Service> {
+    async fn services(&self, name: &str) -> QueryResult<Service> {
         self.in_time(name, || self.look_up_service(name)).await
     }
 }
@@ -190,12 +192,12 @@ fn left(until: Instant) -> Duration {
     until.saturating_duration_since(Instant::now())
 }
 
-fn told<T>(name: &str, error: &NetError) -> Answer<T> {
+fn told<T>(name: &str, error: &NetError) -> QueryResult<T> {
     if error.is_nx_domain() {
-        Answer::None(format!("there is no `{name}`"))
+        QueryResult::None(format!("there is no `{name}`"))
     } else if error.is_no_records_found() {
-        Answer::None(format!("`{name}` has no address"))
+        QueryResult::None(format!("`{name}` has no address"))
     } else {
-        Answer::Failed(format!("`{name}` could not be resolved: {error}"))
+        QueryResult::Failed(format!("`{name}` could not be resolved: {error}"))
     }
 }

@@ -23,7 +23,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use super::Connections;
-use super::pair::{Pair, race};
+use super::happy_eyeballs::{Pair, race};
 use crate::eventloop::worker;
 use crate::upstream::window;
 
@@ -55,7 +55,7 @@ pub struct Dialer {
     /// The initial receive buffer; `None`: the kernel's default.
     receive_bytes: Option<usize>,
     head_start: Duration,
-    greeting: Option<Box<[u8]>>,
+    proxy_header: Option<Box<[u8]>>,
     pair: ArcSwapOption<Pair>,
     retired: AtomicBool,
 }
@@ -66,10 +66,10 @@ impl Dialer {
         connections: Arc<Connections>,
         receive_bytes: Option<usize>,
         timeout: Duration,
-        greeting: Option<Box<[u8]>>,
+        proxy_header: Option<Box<[u8]>>,
     ) -> Dialer {
         let (head_start, pair) = (HEAD_START.min(timeout / 2), ArcSwapOption::empty());
-        Dialer { connections, receive_bytes, head_start, greeting, pair, retired: AtomicBool::new(false) }
+        Dialer { connections, receive_bytes, head_start, proxy_header, pair, retired: AtomicBool::new(false) }
     }
 
     /// Whether its endpoint was removed: idle connections need not be kept.
@@ -83,12 +83,12 @@ impl Dialer {
     }
 
     /// A copy with another PROXY protocol header.
-    pub(super) fn greeting(&self, greeting: Box<[u8]>) -> Dialer {
+    pub(super) fn proxy_header(&self, proxy_header: Box<[u8]>) -> Dialer {
         Dialer {
             connections: self.connections.clone(),
             receive_bytes: self.receive_bytes,
             head_start: self.head_start,
-            greeting: Some(greeting),
+            proxy_header: Some(proxy_header),
             pair: ArcSwapOption::from(self.pair.load_full()),
             retired: AtomicBool::new(self.is_retired()),
         }
@@ -146,18 +146,18 @@ impl Dialer {
 
     async fn dial(&self, address: &SocketAddr) -> io::Result<Socket> {
         // The header fits into the empty send buffer of a new socket, so one write is enough.
-        let greeting = self.greeting.as_deref().unwrap_or_default();
+        let proxy_header = self.proxy_header.as_deref().unwrap_or_default();
         match address {
             SocketAddr::Inet(address) => {
                 let mut stream = self.tcp(*address).await?;
-                stream.write_all(greeting).await?;
+                stream.write_all(proxy_header).await?;
                 Ok(Socket::Tcp(stream))
             }
             SocketAddr::Unix(address) => {
                 let path = address.as_pathname().ok_or(io::ErrorKind::AddrNotAvailable)?;
                 let mut stream = UnixStream::connect(path).await?;
                 is_to_spare(stream.as_raw_fd())?;
-                stream.write_all(greeting).await?;
+                stream.write_all(proxy_header).await?;
                 Ok(Socket::Unix(stream))
             }
         }

@@ -26,7 +26,7 @@ use pingora::protocols::{
 use pingora::upstreams::peer::ALPN;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::tunnel::{Tunnel, Way};
+use super::tunnel::{Direction, Tunnel};
 use crate::framing::follow;
 use crate::net;
 use crate::party::standstill::Standstill;
@@ -40,7 +40,7 @@ pub struct Tail {
 
 #[derive(Debug, Default)]
 struct State {
-    answer: follow::Answer,
+    answer: follow::ResponseFollower,
     request: follow::Request,
     /// The last chunk of the request, with trailers.
     last_chunk: Option<Bytes>,
@@ -113,7 +113,7 @@ impl Tail {
     /// without bytes in either direction.
     pub fn switch(&self, tunnel: Arc<Tunnel>, idle: Option<Duration>) {
         let state = &mut *self.state();
-        tunnel.has_read(Way::Down, state.answer.tunneled());
+        tunnel.has_read(Direction::Down, state.answer.tunneled());
         state.tunnel = Some(tunnel);
         state.limits.idle = idle;
     }
@@ -143,7 +143,7 @@ impl Tail {
             io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")
         })?;
         if let Some(tunnel) = &state.tunnel {
-            tunnel.has_read(Way::Down, state.answer.tunneled());
+            tunnel.has_read(Direction::Down, state.answer.tunneled());
         }
         Ok(())
     }
@@ -208,12 +208,12 @@ impl Followed {
         let tunnel = self.tail.tunnel();
         if let Some(tunnel) = &tunnel {
             // If the endpoint does not accept the shutdown, it has gone, and reading will report that.
-            if tunnel.is_to_tell(Way::Up) && Pin::new(&mut self.io).poll_shutdown(cx).is_ready() {
-                tunnel.told(Way::Up);
+            if tunnel.is_to_tell(Direction::Up) && Pin::new(&mut self.io).poll_shutdown(cx).is_ready() {
+                tunnel.told(Direction::Up);
                 // The client side may be waiting for this.
                 cx.waker().wake_by_ref();
             }
-            if tunnel.has_ended(Way::Down) {
+            if tunnel.has_ended(Direction::Down) {
                 return if tunnel.is_over() { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
         }
@@ -225,7 +225,7 @@ impl Followed {
         }
         match tunnel {
             Some(tunnel) if out.filled().len() == before && out.remaining() > 0 => {
-                tunnel.end(Way::Down);
+                tunnel.end(Direction::Down);
                 // The client side forwards the end; this side is polled again when both have ended.
                 cx.waker().wake_by_ref();
                 if tunnel.is_over() { Poll::Ready(Ok(())) } else { Poll::Pending }

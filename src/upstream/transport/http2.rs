@@ -34,7 +34,7 @@ use pingora::{Error, ErrorType, OrErr, Result, RetryType};
 use super::limit::{connected, take_limit};
 use crate::eventloop::worker;
 use crate::party::pauses::Pauses;
-use crate::party::wait::{Ended, Eye, FAR, NoClient, Wait, within};
+use crate::party::wait::{ClientWatch, Ended, FAR, NoClient, Wait, within};
 
 /// Pingora's default window.
 const WINDOW_BYTES: u32 = 8 << 20;
@@ -131,7 +131,7 @@ impl StreamHandle {
 /// Completes once the wait for the response is cancelled.
 struct Ends<'e>(&'e StreamHandle);
 
-impl Eye for Ends<'_> {
+impl ClientWatch for Ends<'_> {
     type Left = Box<Error>;
 
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {

@@ -14,7 +14,7 @@ const STATUS_END: usize = 12;
 
 /// One direction of a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Direction {
     /// From the client to the endpoint.
     Up = 0,
     /// From the endpoint to the client.
@@ -29,7 +29,7 @@ pub struct Tunnel {
 
 #[derive(Debug, Default)]
 struct State {
-    ways: [Progress; 2],
+    directions: [Progress; 2],
     prelude: Prelude,
 }
 
@@ -76,56 +76,56 @@ struct Progress {
 
 impl Tunnel {
     /// Sets the bytes read in this direction since its start.
-    pub fn has_read(&self, way: Way, bytes: u64) {
-        self.state().ways[way as usize].read = bytes;
+    pub fn has_read(&self, direction: Direction, bytes: u64) {
+        self.state().directions[direction as usize].read = bytes;
     }
 
     /// Adds bytes read in this direction.
-    pub fn read(&self, way: Way, bytes: usize) {
-        self.state().ways[way as usize].read += bytes as u64;
+    pub fn read(&self, direction: Direction, bytes: usize) {
+        self.state().directions[direction as usize].read += bytes as u64;
     }
 
     /// Adds bytes written to the endpoint.
     pub fn wrote_up(&self, bytes: usize) {
-        self.state().ways[Way::Up as usize].written += bytes as u64;
+        self.state().directions[Direction::Up as usize].written += bytes as u64;
     }
 
     /// These bytes were written to the client, beginning with the header of the 101.
     pub fn wrote_down(&self, bytes: &[u8]) {
         let state = &mut *self.state();
         let before = state.prelude.take(bytes);
-        state.ways[Way::Down as usize].written += (bytes.len() - before) as u64;
+        state.directions[Direction::Down as usize].written += (bytes.len() - before) as u64;
     }
 
     /// The sender has ended this direction.
-    pub fn end(&self, way: Way) {
-        self.state().ways[way as usize].ended = true;
+    pub fn end(&self, direction: Direction) {
+        self.state().directions[direction as usize].ended = true;
     }
 
     /// Whether the sender has ended it.
-    pub fn has_ended(&self, way: Way) -> bool {
-        self.state().ways[way as usize].ended
+    pub fn has_ended(&self, direction: Direction) -> bool {
+        self.state().directions[direction as usize].ended
     }
 
     /// Whether the end must be passed on now: all bytes before it have been written.
-    pub fn is_to_tell(&self, way: Way) -> bool {
-        let Progress { read, written, ended, told } = self.state().ways[way as usize];
+    pub fn is_to_tell(&self, direction: Direction) -> bool {
+        let Progress { read, written, ended, told } = self.state().directions[direction as usize];
         ended && !told && written == read
     }
 
     /// The end was passed on.
-    pub fn told(&self, way: Way) {
-        self.state().ways[way as usize].told = true;
+    pub fn told(&self, direction: Direction) {
+        self.state().directions[direction as usize].told = true;
     }
 
     /// Whether the end was passed on.
-    pub fn is_told(&self, way: Way) -> bool {
-        self.state().ways[way as usize].told
+    pub fn is_told(&self, direction: Direction) -> bool {
+        self.state().directions[direction as usize].told
     }
 
     /// Whether both directions have ended and the ends were passed on.
     pub fn is_over(&self) -> bool {
-        self.state().ways.iter().all(|way| way.told)
+        self.state().directions.iter().all(|direction| direction.told)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -140,18 +140,18 @@ mod tests {
     #[test]
     fn an_end_is_told_once_and_behind_all_bytes_before_it() {
         let tunnel = Tunnel::default();
-        tunnel.read(Way::Up, 10);
+        tunnel.read(Direction::Up, 10);
         tunnel.wrote_up(4);
-        assert!(!tunnel.is_to_tell(Way::Up), "it has not ended");
-        tunnel.end(Way::Up);
-        assert!(tunnel.has_ended(Way::Up) && !tunnel.is_to_tell(Way::Up), "6 bytes are on their way");
+        assert!(!tunnel.is_to_tell(Direction::Up), "it has not ended");
+        tunnel.end(Direction::Up);
+        assert!(tunnel.has_ended(Direction::Up) && !tunnel.is_to_tell(Direction::Up), "6 bytes are on their direction");
         tunnel.wrote_up(6);
-        assert!(tunnel.is_to_tell(Way::Up));
-        tunnel.told(Way::Up);
-        assert!(!tunnel.is_to_tell(Way::Up) && !tunnel.is_over(), "the other direction goes on");
-        tunnel.end(Way::Down);
-        assert!(tunnel.is_to_tell(Way::Down));
-        tunnel.told(Way::Down);
+        assert!(tunnel.is_to_tell(Direction::Up));
+        tunnel.told(Direction::Up);
+        assert!(!tunnel.is_to_tell(Direction::Up) && !tunnel.is_over(), "the other direction goes on");
+        tunnel.end(Direction::Down);
+        assert!(tunnel.is_to_tell(Direction::Down));
+        tunnel.told(Direction::Down);
         assert!(tunnel.is_over());
     }
 
@@ -162,14 +162,14 @@ mod tests {
             HTTP/1.1 101 Switching Protocols\r\nUpgrade: tcp\r\n\r\n\r\n\r\nabc";
         for size in 1..=sent.len() {
             let tunnel = Tunnel::default();
-            tunnel.has_read(Way::Down, 7);
-            tunnel.end(Way::Down);
+            tunnel.has_read(Direction::Down, 7);
+            tunnel.end(Direction::Down);
             for piece in sent[..sent.len() - 1].chunks(size) {
                 tunnel.wrote_down(piece);
-                assert!(!tunnel.is_to_tell(Way::Down), "{size}");
+                assert!(!tunnel.is_to_tell(Direction::Down), "{size}");
             }
             tunnel.wrote_down(b"c");
-            assert!(tunnel.is_to_tell(Way::Down), "{size}");
+            assert!(tunnel.is_to_tell(Direction::Down), "{size}");
         }
     }
 }

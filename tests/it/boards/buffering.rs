@@ -55,7 +55,7 @@ pub fn board() -> Board {
             "Paused",
             "Spools that wait now for memory that others let go.",
             "short",
-            "sum(forebay_pressure{rung=\"pause\"})",
+            "sum(forebay_pressure{action=\"pause\"})",
         )
         .thresholds(&[(1.0, BAD)]),
         Panel::stat("Disk queue", "Writes and reads of spools that are queued or under \
@@ -132,10 +132,10 @@ pub fn board() -> Board {
         [
             Panel::lines("Pressure, now", "What is done because memory runs short: 1 for spill and shed, for pause how \
                 many wait.", "short")
-                .query("sum by (rung) (forebay_pressure)", "{{rung}}")
+                .query("sum by (action) (forebay_pressure)", "{{action}}")
                 .at_least(1.0),
             Panel::stack("Pressure, how often", "Times per second that memory ran short and something was done.", "ops")
-                .query("sum by (rung) (rate(forebay_pressure_total[R]))", "{{rung}}")
+                .query("sum by (action) (rate(forebay_pressure_total[R]))", "{{action}}")
                 .at_least(1.0),
             Panel::heat(
                 "Disk, all of it",
@@ -157,18 +157,18 @@ pub fn board() -> Board {
                 .query("sum by (operation) (rate(forebay_disk_failures_total[R]))", "{{operation}}")
                 .at_least(1.0),
             Panel::lines("Spooled", "Bytes per second that each worker took in for slow clients.", "Bps")
-                .query("sum by (instance, worker) (rate(forebay_lane_bytes_total[R]))", "{{instance}} #{{worker}}"),
-            Panel::lines("Lane, share", "Of its time, what each worker may give to new connections, to bodies that pass \
+                .query("sum by (instance, worker) (rate(forebay_scheduler_bytes_total[R]))", "{{instance}} #{{worker}}"),
+            Panel::lines("Scheduler, share", "Of its time, what each worker may give to new connections, to bodies that pass \
                 and to answers that are spooled, as the lag of its event loop allows.", "percentunit")
-                .query("sum by (instance, worker, class) (forebay_lane_share_ratio)", "{{instance}} #{{worker}} {{class}}")
+                .query("sum by (instance, worker, class) (forebay_scheduler_share_ratio)", "{{instance}} #{{worker}} {{class}}")
                 .max(1.0),
-            Panel::lines("Lane, waiting", "Exchanges that wait for their turn, so that others need not: new connections, \
+            Panel::lines("Scheduler, waiting", "Exchanges that wait for their turn, so that others need not: new connections, \
                 bodies that pass, answers that are spooled.", "short")
-                .query("sum by (instance, worker, class) (forebay_lane_waiting)", "{{instance}} #{{worker}} {{class}}")
+                .query("sum by (instance, worker, class) (forebay_scheduler_waiting)", "{{instance}} #{{worker}} {{class}}")
                 .at_least(1.0),
-            Panel::lines("Lane, overdue", "Turns per second that were given because they had been waited for for \
+            Panel::lines("Scheduler, overdue", "Turns per second that were given because they had been waited for for \
                 `resources.turn`: the worker, or the disk, has too much to do.", "ops")
-                .query("sum by (instance, worker, class) (rate(forebay_lane_overdue_total[R]))",
+                .query("sum by (instance, worker, class) (rate(forebay_scheduler_overdue_total[R]))",
                     "{{instance}} #{{worker}} {{class}}")
                 .at_least(1.0),
         ],

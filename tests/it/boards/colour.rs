@@ -44,9 +44,9 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("direction", "sent", "purple"),
     ("store", "memory", GOOD),
     ("store", "disk", WARN),
-    ("rung", "spill", "yellow"),
-    ("rung", "pause", WARN),
-    ("rung", "shed", BAD),
+    ("action", "spill", "yellow"),
+    ("action", "pause", WARN),
+    ("action", "shed", BAD),
     ("operation", "write", "dark-blue"),
     ("operation", "read", "dark-purple"),
     // States of a client's connection, then of an endpoint.

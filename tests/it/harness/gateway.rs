@@ -477,8 +477,8 @@ impl Setup {
     }
 }
 
-/// Leaves this process and all that it starts without the system's certificates, unless a test names others: to read them
-/// takes half the time of a gateway's start.
+/// Leaves this process and all that it starts without the system's certificates, unless a test names others: to read
+/// them takes half the time of a gateway's start.
 fn without_public_certificates() {
     static ONCE: Once = Once::new();
     // SAFETY: as Pingora does with the same variable when the first gateway starts: other threads hardly read it.
@@ -689,7 +689,7 @@ const AT_REST: [&str; 6] = [
     "forebay_spool_bytes",
     "forebay_slow_clients",
     "forebay_pressure",
-    "forebay_lane_waiting",
+    "forebay_scheduler_waiting",
     "forebay_disk_queue",
 ];
 

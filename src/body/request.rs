@@ -12,7 +12,7 @@ use bytes::Bytes;
 use pingora::Error;
 use pingora::http::RequestHeader;
 
-use super::wire::Wire;
+use super::response::ResponseBody;
 use crate::config;
 use crate::config::route::{BufferMode, OnDiskFull};
 use crate::config::server::Resources;
@@ -22,9 +22,9 @@ use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::scheduler::{Bulk, Class, Grant, Schedulers};
 use crate::slow_client::Entry;
-use crate::slow_client::pace::Pace;
+use crate::slow_client::min_rate::MinRate;
 use crate::slow_client::waiting::{Waiting, Who};
-use crate::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
+use crate::spool::{Held, Limits, Room, Spool, SpoolError, Spools};
 
 /// Bytes read without a pause before the next exchange has its turn.
 const TURN_BYTES: u64 = 256 << 10;
@@ -33,7 +33,7 @@ const PIECE_BYTES: usize = 128 << 10;
 
 /// How a request body is received.
 #[derive(Clone)]
-pub struct IntakeTerms {
+pub struct RequestPolicy {
     /// Limits of its spool.
     pub limits: Limits,
     /// A body that exceeds its spool is streamed instead of refused.
@@ -51,19 +51,19 @@ pub struct IntakeTerms {
     /// Maximum time from the first byte to the last.
     pub total: Duration,
     /// The minimum rate.
-    pub pace: Pace,
+    pub min_rate: MinRate,
     /// Maximum time to wait for the disk.
     pub disk_max: Duration,
     /// The metrics of the route.
     pub route: Arc<RouteMetrics>,
 }
 
-impl IntakeTerms {
+impl RequestPolicy {
     /// Builds the settings from a route's configuration.
-    pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> IntakeTerms {
+    pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> RequestPolicy {
         let (client, request) = (&written.client, &written.buffering.request);
         let stream_without_disk = request.on_disk_full == OnDiskFull::Stream;
-        IntakeTerms {
+        RequestPolicy {
             limits: Limits::build(request.memory, request.disk, resources),
             stream_large: request.mode == BufferMode::Auto || stream_without_disk,
             stream_without_disk,
@@ -72,7 +72,7 @@ impl IntakeTerms {
             duplex: false,
             idle: client.body_idle.0,
             total: client.body_total.0,
-            pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),
+            min_rate: MinRate::new(client.min_rate.read.0, client.min_rate.grace.0),
             disk_max: resources.pause.0,
             route: metrics.clone(),
         }
@@ -100,8 +100,8 @@ fn client(phase: Phase, what: What) -> Fault {
 }
 
 /// The receiver of one request body; see the module.
-pub struct Intake {
-    terms: IntakeTerms,
+pub struct RequestBody {
+    terms: RequestPolicy,
     empty: bool,
     held: HeldBody,
     /// The client has sent the whole body.
@@ -114,13 +114,14 @@ pub struct Intake {
     paused: Option<Instant>,
     timer: Timer,
     grants: Grants,
-    depot: Arc<Depot>,
+    spools: Arc<Spools>,
 }
 
 /// The held part of a body.
 #[derive(Default)]
 struct HeldBody {
-    spool: Option<Spool>,
+    /// Boxed, since most requests have no body.
+    spool: Option<Box<Spool>>,
     /// The spool holds the whole body.
     whole: bool,
     /// The spool was released.
@@ -156,10 +157,16 @@ struct Grants {
     used: bool,
 }
 
-impl Intake {
+impl RequestBody {
     /// Creates the receiver for a body of which nothing was read.
-    pub fn new(terms: IntakeTerms, empty: bool, who: Who, depot: &Arc<Depot>, schedulers: &Arc<Schedulers>) -> Self {
-        Intake {
+    pub fn new(
+        terms: RequestPolicy,
+        empty: bool,
+        who: Who,
+        spools: &Arc<Spools>,
+        schedulers: &Arc<Schedulers>,
+    ) -> Self {
+        RequestBody {
             terms,
             empty,
             held: HeldBody::default(),
@@ -177,7 +184,7 @@ impl Intake {
                 rest: false,
                 used: false,
             },
-            depot: depot.clone(),
+            spools: spools.clone(),
         }
     }
 
@@ -207,31 +214,31 @@ impl Intake {
     }
 
     /// Whether every byte was passed on.
-    pub fn is_done(&mut self, wire: &mut Wire) -> bool {
+    pub fn is_done(&mut self, response: &mut ResponseBody) -> bool {
         if !self.source_done {
-            self.source_done = wire.client.body_is_read().unwrap_or(false);
+            self.source_done = response.client.body_is_read().unwrap_or(false);
         }
         self.source_done && self.held.spool.as_ref().is_none_or(|spool| spool.unread() == 0)
     }
 
     /// Whether another attempt can read the body from its first byte.
-    pub fn is_replayable(&self, wire: &mut Wire) -> bool {
+    pub fn is_replayable(&self, response: &mut ResponseBody) -> bool {
         match &self.held.spool {
             Some(_) => self.beyond == 0,
             None if self.is_empty() => true,
             // The body was held and then released.
             None if self.held.forgotten => false,
-            None => wire.client.session().is_some_and(|session| !session.retry_buffer_truncated()),
+            None => response.client.session().is_some_and(|session| !session.retry_buffer_truncated()),
         }
     }
 
     /// Restarts reading at the first byte.
-    pub fn rewind(&mut self, wire: &mut Wire) {
+    pub fn rewind(&mut self, response: &mut ResponseBody) {
         if let Some(spool) = &mut self.held.spool {
             spool.rewind();
         } else if !self.is_empty()
             && !self.held.forgotten
-            && let Some(session) = wire.client.session()
+            && let Some(session) = response.client.session()
         {
             // Pingora's own session keeps part of a streamed body.
             session.enable_retry_buffering();
@@ -239,9 +246,9 @@ impl Intake {
     }
 
     /// The part of a streamed body that Pingora's own session kept.
-    pub fn retry_buffer(&self, wire: &mut Wire) -> Option<Bytes> {
+    pub fn retry_buffer(&self, response: &mut ResponseBody) -> Option<Bytes> {
         match &self.held.spool {
-            None if !self.is_empty() && !self.held.forgotten => wire.client.session()?.get_retry_buffer(),
+            None if !self.is_empty() && !self.held.forgotten => response.client.session()?.get_retry_buffer(),
             _ => None,
         }
     }
@@ -267,7 +274,7 @@ impl Intake {
     pub fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
-        wire: &mut Wire,
+        response: &mut ResponseBody,
         waiting: &mut (dyn FnMut(u64) + Send),
     ) -> Poll<Result<(), Unread>> {
         while !self.held.whole {
@@ -289,11 +296,11 @@ impl Intake {
             if !room? {
                 return Poll::Ready(Ok(()));
             }
-            match wire.poll_read(cx) {
+            match response.poll_read(cx) {
                 Poll::Ready(Ok(Some(piece))) => {
                     self.arrived(&piece, Phase::Buffer)?;
                     self.hold(piece);
-                    self.held.whole = self.is_at_end(wire);
+                    self.held.whole = self.is_at_end(response);
                 }
                 Poll::Ready(Ok(None)) => {
                     self.source_done = true;
@@ -317,7 +324,11 @@ impl Intake {
     }
 
     /// Returns the next piece of the body: first the held bytes, then new ones. `None` at its end.
-    pub fn poll_piece(&mut self, cx: &mut Context<'_>, wire: &mut Wire) -> Poll<Result<Option<Bytes>, Unread>> {
+    pub fn poll_piece(
+        &mut self,
+        cx: &mut Context<'_>,
+        response: &mut ResponseBody,
+    ) -> Poll<Result<Option<Bytes>, Unread>> {
         if let Some(spool) = self.held.spool.as_mut().filter(|spool| spool.unread() > 0) {
             return Poll::Ready(match ready!(spool.poll_next(cx, PIECE_BYTES)) {
                 Ok(piece) => Ok(piece),
@@ -330,7 +341,7 @@ impl Intake {
         if self.held.whole || self.empty {
             return Poll::Ready(Ok(None));
         }
-        match wire.poll_read(cx) {
+        match response.poll_read(cx) {
             Poll::Ready(Ok(Some(piece))) => {
                 self.arrived(&piece, Phase::Send)?;
                 self.beyond += piece.len() as u64;
@@ -345,7 +356,7 @@ impl Intake {
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(Unread::Failed(error))),
             // A write owns the session: the wait is not for the client's body.
-            Poll::Pending if wire.client.session().is_none() => Poll::Pending,
+            Poll::Pending if response.client.session().is_none() => Poll::Pending,
             Poll::Pending => self.poll_late(cx, Phase::Send).map(|late| Err(late.into())),
         }
     }
@@ -372,14 +383,14 @@ impl Intake {
         std::mem::take(&mut self.grants.used)
     }
 
-    fn is_at_end(&mut self, wire: &mut Wire) -> bool {
-        self.source_done |= wire.client.body_is_read().unwrap_or(false);
+    fn is_at_end(&mut self, response: &mut ResponseBody) -> bool {
+        self.source_done |= response.client.body_is_read().unwrap_or(false);
         self.source_done
     }
 
     fn stop_waiting(&mut self, bytes: u64) {
         if let Some(waiting) = self.client.waiting.take() {
-            self.terms.pace.moved(bytes, waiting.lasted());
+            self.terms.min_rate.moved(bytes, waiting.lasted());
         }
     }
 
@@ -393,12 +404,12 @@ impl Intake {
 
     fn hold(&mut self, piece: Bytes) {
         let bytes = piece.len() as u64;
-        let Intake { held, depot, terms, client, .. } = self;
+        let RequestBody { held, spools, terms, client, .. } = self;
         let begin = || {
-            let account = client.who.account(&depot.accounts);
-            Spool::keeping(depot, Direction::Request, terms.limits, account.as_ref(), Some(&terms.route))
+            let account = client.who.account(&spools.accounts);
+            Spool::keeping(spools, Direction::Request, terms.limits, account.as_ref(), Some(&terms.route))
         };
-        held.spool.get_or_insert_with(begin).push(piece);
+        held.spool.get_or_insert_with(|| Box::new(begin())).push(piece);
         self.grants.run += bytes;
         if self.grants.run >= TURN_BYTES {
             let scheduler = self.grants.schedulers.here();
@@ -409,8 +420,8 @@ impl Intake {
                 return;
             }
             let missing = terms.announced.map_or(u64::MAX, |length| length.saturating_sub(self.received));
-            let disk = self.held.spool.as_ref().is_some_and(Spool::needs_disk);
-            self.grants.grant = Some(scheduler.request(Class::Pass, missing, disk));
+            let disk = self.held.spool.as_ref().is_some_and(|spool| spool.needs_disk());
+            self.grants.grant = Some(scheduler.request(Class::Transfer, missing, disk));
         }
     }
 
@@ -434,7 +445,7 @@ impl Intake {
             }
             Ok(Room::Pressure) => {
                 let since = *self.paused.get_or_insert_with(Instant::now);
-                ready!(self.timer.poll(cx, since + self.depot.budget.pause_max()));
+                ready!(self.timer.poll(cx, since + self.spools.budget.pause_max()));
                 full(Party::Gateway)
             }
             // The body may end here; only a further byte exceeds the limit.
@@ -458,20 +469,20 @@ impl Intake {
 
     /// Ready when the client takes too long in this phase, with the limit that it exceeded.
     fn poll_late(&mut self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
-        let Intake { client: Client { waiting, slow, who, .. }, depot, terms, received, .. } = self;
+        let RequestBody { client: Client { waiting, slow, who, .. }, spools, terms, received, .. } = self;
         let waiting = waiting.get_or_insert_with(|| {
-            let enter = || depot.slow.enter(Direction::Request, Some(&terms.route), who.client);
+            let enter = || spools.slow.enter(Direction::Request, Some(&terms.route), who.client);
             let entry = slow.get_or_insert_with(enter);
             let missing = terms.announced.map_or(u64::MAX, |announced| announced.saturating_sub(*received));
             entry.set(phase, missing);
-            Waiting::begin(Some(depot.budget.slow(Direction::Request)), entry)
+            Waiting::begin(Some(spools.budget.slow(Direction::Request)), entry)
         });
         let since = waiting.since;
         let whole = *self.client.since.get_or_insert(since);
         let dues = [
             (since, Some(self.terms.idle), What::Silent),
             (whole, Some(self.terms.total), What::Late),
-            (since, self.terms.pace.patience(0), What::Slow),
+            (since, self.terms.min_rate.patience(0), What::Slow),
         ];
         let limits = dues.into_iter().filter_map(|(since, limit, what)| Some((since, limit?, what)));
         let Some((since, limit, what)) = limits.min_by_key(|&(since, limit, _)| since + limit) else {

@@ -10,23 +10,23 @@ use std::time::Duration;
 
 /// The remaining patience with one client in one direction.
 #[derive(Clone, Debug)]
-pub struct Pace {
+pub struct MinRate {
     /// Bytes per second; 0: no minimum.
     rate: u64,
     grace: Duration,
     left: Duration,
 }
 
-impl Pace {
+impl MinRate {
     /// A minimum of `rate` bytes per second, none if it is 0, with a `grace` period that never exceeds its initial
     /// value.
     pub fn new(rate: u64, grace: Duration) -> Self {
-        Pace { rate, grace, left: grace }
+        MinRate { rate, grace, left: grace }
     }
 
     /// Without a minimum rate.
     pub fn unlimited() -> Self {
-        Pace::new(0, Duration::ZERO)
+        MinRate::new(0, Duration::ZERO)
     }
 
     /// Maximum wait for the client to transfer these bytes. `None`: there is no minimum rate.
@@ -55,19 +55,19 @@ mod tests {
 
     #[test]
     fn whoever_keeps_the_rate_is_waited_for_for_ever() {
-        let mut pace = Pace::new(1_000, 5 * SECOND);
+        let mut min_rate = MinRate::new(1_000, 5 * SECOND);
         for _ in 0..10_000 {
-            assert!(pace.patience(0) >= Some(4 * SECOND));
-            pace.moved(1_000, SECOND);
+            assert!(min_rate.patience(0) >= Some(4 * SECOND));
+            min_rate.moved(1_000, SECOND);
         }
     }
 
     #[test]
     fn whoever_moves_less_is_given_up_once_the_grace_is_gone() {
-        let mut pace = Pace::new(1_000, 5 * SECOND);
+        let mut min_rate = MinRate::new(1_000, 5 * SECOND);
         let mut waited = 0;
-        while pace.patience(0) > Some(SECOND) {
-            pace.moved(500, SECOND);
+        while min_rate.patience(0) > Some(SECOND) {
+            min_rate.moved(500, SECOND);
             waited += 1;
         }
         assert_eq!(waited, 8);
@@ -75,22 +75,22 @@ mod tests {
 
     #[test]
     fn a_burst_buys_no_more_than_the_grace() {
-        let mut pace = Pace::new(1_000, 5 * SECOND);
-        pace.moved(1_000_000, SECOND);
-        assert_eq!(pace.patience(0), Some(5 * SECOND));
+        let mut min_rate = MinRate::new(1_000, 5 * SECOND);
+        min_rate.moved(1_000_000, SECOND);
+        assert_eq!(min_rate.patience(0), Some(5 * SECOND));
     }
 
     #[test]
     fn a_piece_that_is_under_way_has_the_time_that_it_takes() {
-        let pace = Pace::new(1_000, 5 * SECOND);
-        assert_eq!(pace.patience(64_000), Some(69 * SECOND));
+        let min_rate = MinRate::new(1_000, 5 * SECOND);
+        assert_eq!(min_rate.patience(64_000), Some(69 * SECOND));
     }
 
     #[test]
     fn without_a_minimum_there_is_no_end_of_patience() {
-        let mut pace = Pace::new(0, SECOND);
-        pace.moved(0, 1_000 * SECOND);
-        assert_eq!(pace.patience(u64::MAX), None);
-        assert_eq!(Pace::new(1, Duration::ZERO).patience(u64::MAX), Some(Duration::from_nanos(u64::MAX)));
+        let mut min_rate = MinRate::new(0, SECOND);
+        min_rate.moved(0, 1_000 * SECOND);
+        assert_eq!(min_rate.patience(u64::MAX), None);
+        assert_eq!(MinRate::new(1, Duration::ZERO).patience(u64::MAX), Some(Duration::from_nanos(u64::MAX)));
     }
 }

@@ -8,29 +8,19 @@ use crate::config;
 use crate::config::route::BufferMode;
 use crate::config::server::Resources;
 use crate::metrics::RouteMetrics;
-use crate::slow_client::pace::Pace;
+use crate::slow_client::min_rate::MinRate;
 use crate::spool::Limits;
-
-/// When a response is sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leave {
-    /// At once; the upstream waits for the client.
-    Stream,
-    /// At once; bytes that the client does not accept are spooled.
-    Auto,
-    /// After the response is complete.
-    Full,
-}
 
 /// How a response is sent.
 #[derive(Clone)]
-pub struct Manner {
-    /// When it is sent.
-    pub leave: Leave,
+pub struct ResponsePolicy {
+    /// When it is sent: at once, while the upstream waits for the client (`Stream`); at once, and bytes that the client
+    /// does not accept are spooled (`Auto`); after it is complete (`Full`).
+    pub mode: BufferMode,
     /// Limits of its spool.
     pub limits: Limits,
     /// The minimum rate.
-    pub pace: Pace,
+    pub min_rate: MinRate,
     /// Maximum time between two pieces that the client accepts.
     pub write_idle: Duration,
     /// Maximum time to wait for the disk.
@@ -41,18 +31,14 @@ pub struct Manner {
     pub route: Arc<RouteMetrics>,
 }
 
-impl Manner {
+impl ResponsePolicy {
     /// Builds the settings from a route's configuration.
-    pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> Manner {
+    pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> ResponsePolicy {
         let (client, response) = (&written.client, &written.buffering.response);
-        Manner {
-            leave: match response.mode {
-                BufferMode::Auto => Leave::Auto,
-                BufferMode::Full => Leave::Full,
-                BufferMode::Stream => Leave::Stream,
-            },
+        ResponsePolicy {
+            mode: response.mode,
             limits: Limits::build(response.memory, response.disk, resources),
-            pace: Pace::new(client.min_rate.write.0, client.min_rate.grace.0),
+            min_rate: MinRate::new(client.min_rate.write.0, client.min_rate.grace.0),
             disk_max: resources.pause.0,
             write_idle: client.write_idle.0,
             throttle: client.limit_rate.as_ref().map(|limit| Throttle { rate: limit.rate.0, after: limit.after.0 }),

@@ -12,7 +12,7 @@ use serde::Serialize;
 pub type Pieces = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
 
 /// A response of the admin endpoint.
-pub struct Answer(pub(super) Box<Response<Body>>);
+pub struct Reply(pub(super) Box<Response<Body>>);
 
 pub(super) enum Body {
     Whole(Bytes),
@@ -20,15 +20,15 @@ pub(super) enum Body {
     Stream(Pieces),
 }
 
-impl Answer {
+impl Reply {
     /// A 200 response with this body.
     pub fn whole(content_type: &'static str, body: impl Into<Bytes>) -> Self {
-        Answer::new(content_type, Body::Whole(body.into()))
+        Reply::new(content_type, Body::Whole(body.into()))
     }
 
     /// A 200 response with this text.
     pub fn text(text: impl Into<String>) -> Self {
-        Answer::whole("text/plain; charset=utf-8", text.into())
+        Reply::whole("text/plain; charset=utf-8", text.into())
     }
 
     /// A 200 response with this value as indented JSON.
@@ -36,27 +36,27 @@ impl Answer {
         match serde_json::to_vec_pretty(value) {
             Ok(mut body) => {
                 body.push(b'\n');
-                Answer::whole("application/json", body)
+                Reply::whole("application/json", body)
             }
             // Cannot happen: the values are structs and maps with text keys.
-            Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+            Err(error) => Reply::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }
     }
 
     /// An error as JSON: `{"error": "…"}`.
     pub fn error(status: StatusCode, what: &str) -> Self {
         let body = format!("{:#}\n", serde_json::json!({ "error": what }));
-        Answer::whole("application/json", body).with_status(status)
+        Reply::whole("application/json", body).with_status(status)
     }
 
     /// Server-sent events; create each with [`event`].
     pub fn events(events: Pieces) -> Self {
-        Answer::new("text/event-stream", Body::Stream(events))
+        Reply::new("text/event-stream", Body::Stream(events))
     }
 
     /// Lines of JSON (NDJSON).
     pub fn lines(lines: Pieces) -> Self {
-        Answer::new("application/x-ndjson", Body::Stream(lines))
+        Reply::new("application/x-ndjson", Body::Stream(lines))
     }
 
     /// Sets the status.
@@ -81,7 +81,7 @@ impl Answer {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-        Answer(Box::new(response))
+        Reply(Box::new(response))
     }
 }
 

@@ -3,16 +3,16 @@
 //! On HTTP/1, bytes are sent past the session ([`Past`]): header and pieces share one system call, and unsent bytes can
 //! be moved to the spool. On HTTP/2, and for Pingora's own session, a write is a stored future that *owns* the client's
 //! session, so that it is never cancelled half-way. Each kind of write progresses whenever it is polled: by the driver
-//! through `client::session` while the upstream responds, by the control of the exchange while the upstream is held
+//! through `super::session` while the upstream responds, by the control of the exchange while the upstream is held
 //! back, and by `logging` once the upstream is released. Bytes that the client does not accept go to a spool. In a
 //! `Stream` response there is no spool, and the sender waits for the client.
 
 mod client_side;
 mod endpoint_side;
 mod grants;
-mod manner;
 mod outgoing;
 mod past;
+mod policy;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -25,8 +25,9 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 
-use super::http1::{self, unread};
-use super::http2::Control;
+use crate::client::http1::{self, unread};
+use crate::client::http2::Control;
+use crate::config::route::BufferMode;
 use crate::framing::{Body, LengthFields, answer};
 use crate::metrics::Direction;
 use crate::party::standstill::Standstill;
@@ -37,15 +38,15 @@ use crate::scheduler::coop::ends_for_lack_of_budget;
 use crate::scheduler::{Class, Schedulers};
 use crate::slow_client::Entry;
 use crate::slow_client::waiting::{Waiting, Who};
-use crate::spool::{Depot, Room, Spool, SpoolError};
+use crate::spool::{Room, Spool, SpoolError, Spools};
 use crate::upstream::window::Window;
 use client_side::{ClientSide, State};
 use endpoint_side::EndpointSide;
 use grants::Grants;
 use outgoing::{Head, Outgoing, body_len};
 
-pub use manner::{Leave, Manner, Throttle};
 pub use past::Past;
+pub use policy::{ResponsePolicy, Throttle};
 
 /// Up to this many bytes, tasks are written in one batch, which copies them together. Larger amounts are written one
 /// task at a time, without a copy.
@@ -63,7 +64,7 @@ const SPOOLED_MOST: usize = 128 << 10;
 const PIECE_MOST_H2: usize = 16 << 10;
 
 /// The sender of one response; see the module.
-pub struct Wire {
+pub struct ResponseBody {
     /// The client's session, and the path past it.
     pub client: ClientSide,
     /// The connection or stream that the response comes from.
@@ -72,11 +73,11 @@ pub struct Wire {
     delays: Delays,
     grants: Grants,
     failure: Failure,
-    manner: Manner,
-    leave: Leave,
-    /// The response may not be sent before it is complete (`Leave::Full`).
+    policy: ResponsePolicy,
+    mode: BufferMode,
+    /// The response may not be sent before it is complete (`BufferMode::Full`).
     held: bool,
-    depot: Arc<Depot>,
+    spools: Arc<Spools>,
 }
 
 /// The waits of a sender.
@@ -172,29 +173,29 @@ struct Failure {
     fault: Option<Fault>,
 }
 
-impl Wire {
+impl ResponseBody {
     /// Creates the sender for a session that has written nothing yet, and the path past it, if there is one.
     pub fn new(
         client: (Box<ServerSession>, Option<Past>, Option<Control>),
         request: &RequestHeader,
-        manner: Manner,
+        policy: ResponsePolicy,
         who: Who,
-        depot: Arc<Depot>,
+        spools: Arc<Spools>,
         schedulers: Arc<Schedulers>,
     ) -> Self {
         let client = ClientSide::new(client, request, who);
         let piece = if client.past.is_some() { 2 * PIECE_MOST } else { PIECE_LEAST };
-        Wire {
+        ResponseBody {
             client,
             endpoint: EndpointSide::default(),
             outgoing: Outgoing { piece, ..Outgoing::default() },
             delays: Delays::none(),
             grants: Grants::new(schedulers),
             failure: Failure::default(),
-            leave: manner.leave,
-            held: manner.leave == Leave::Full,
-            manner,
-            depot,
+            mode: policy.mode,
+            held: policy.mode == BufferMode::Full,
+            policy,
+            spools,
         }
     }
 
@@ -250,8 +251,8 @@ impl Wire {
         if !self.outgoing.begun {
             self.forget();
             self.outgoing.ended = false;
-            self.leave = self.manner.leave;
-            self.held = self.leave == Leave::Full;
+            self.mode = self.policy.mode;
+            self.held = self.mode == BufferMode::Full;
             self.outgoing.head = None;
             self.outgoing.came = 0;
             self.client.last_on_connection = false;
@@ -326,13 +327,13 @@ impl Wire {
 
     /// Disables buffering from here on: for server-sent events, or if the upstream requests it.
     pub fn stream(&mut self) {
-        self.leave = Leave::Stream;
+        self.mode = BufferMode::Stream;
         self.held = false;
     }
 
     /// Holds the response back until it is complete.
     pub fn hold(&mut self) {
-        self.leave = Leave::Full;
+        self.mode = BufferMode::Full;
         self.held = !self.outgoing.ended;
     }
 
@@ -426,13 +427,13 @@ impl Wire {
     }
 
     fn push(&mut self, piece: Bytes) {
-        let Wire { outgoing, depot, manner, grants, client, .. } = self;
+        let ResponseBody { outgoing, spools, policy, grants, client, .. } = self;
         grants.schedulers.here().count_spooled(piece.len() as u64);
         let begin = || {
-            let account = client.who.account(&depot.accounts);
-            Spool::consuming(depot, Direction::Response, manner.limits, account.as_ref(), Some(&manner.route))
+            let account = client.who.account(&spools.accounts);
+            Spool::consuming(spools, Direction::Response, policy.limits, account.as_ref(), Some(&policy.route))
         };
-        outgoing.spool.get_or_insert_with(begin).push(piece);
+        outgoing.spool.get_or_insert_with(|| Box::new(begin())).push(piece);
     }
 
     /// Writes everything that may be sent. Ready when no more may be sent, or when writing has failed.
@@ -512,7 +513,7 @@ impl Wire {
         self.outgoing.writing = 0;
         self.client.past.iter_mut().for_each(|past| past.was_spooled = ready == 0);
         if ready > 0 {
-            let all = ready <= TOGETHER_BYTES && self.manner.throttle.is_none();
+            let all = ready <= TOGETHER_BYTES && self.policy.throttle.is_none();
             let mut left = if all { ready } else { self.limit().min(ready) };
             ready!(self.poll_throttle(cx, left));
             let (Some(past), outgoing) = (&mut self.client.past, &mut self.outgoing) else { return Poll::Ready(false) };
@@ -612,7 +613,7 @@ impl Wire {
     fn poll_ready_batch(&mut self, cx: &mut Context<'_>) -> Poll<Vec<HttpTask>> {
         let bytes: usize = self.outgoing.ready.iter().map(body_len).sum();
         let whole = self.outgoing.unread() == 0;
-        if bytes <= TOGETHER_BYTES && self.manner.throttle.is_none() {
+        if bytes <= TOGETHER_BYTES && self.policy.throttle.is_none() {
             let mut batch: Vec<_> = self.outgoing.ready.drain(..).collect();
             if whole && self.outgoing.ended {
                 match batch.last_mut() {
@@ -650,7 +651,7 @@ impl Wire {
         let Poll::Ready(next) = spool.poll_next(cx, limit) else {
             let since = *self.delays.fetching.get_or_insert_with(Instant::now);
             self.delays.waits_for = Party::Disk;
-            ready!(self.delays.timer.poll(cx, since + self.manner.disk_max));
+            ready!(self.delays.timer.poll(cx, since + self.policy.disk_max));
             tracing::error!("the disk did not return a spooled response in time");
             self.fail(Fault::new(Party::Disk, Phase::Write, What::Silent));
             return Poll::Ready(None);
@@ -667,12 +668,12 @@ impl Wire {
     }
 
     fn limit(&self) -> usize {
-        self.manner.throttle.map_or(self.outgoing.piece, |throttle| throttle.piece())
+        self.policy.throttle.map_or(self.outgoing.piece, |throttle| throttle.piece())
     }
 
     /// Ready when the maximum rate permits sending these bytes.
     fn poll_throttle(&mut self, cx: &mut Context<'_>, bytes: usize) -> Poll<()> {
-        let Some(throttle) = self.manner.throttle else { return Poll::Ready(()) };
+        let Some(throttle) = self.policy.throttle else { return Poll::Ready(()) };
         let first = *self.delays.first_byte.get_or_insert_with(Instant::now);
         let due = first + throttle.due(self.outgoing.gone + bytes as u64);
         if Instant::now() >= due {
@@ -707,12 +708,12 @@ impl Wire {
         match self.delays.end_blocked() {
             Some(waited) => {
                 let acknowledged = std::mem::take(&mut self.delays.acknowledged).bytes;
-                self.manner.pace.moved(self.outgoing.writing.max(acknowledged), waited);
+                self.policy.min_rate.moved(self.outgoing.writing.max(acknowledged), waited);
                 self.outgoing.piece = PIECE_LEAST;
             }
             None => {
                 // Bytes accepted without waiting count for the rate, too.
-                self.manner.pace.moved(self.outgoing.writing, Duration::ZERO);
+                self.policy.min_rate.moved(self.outgoing.writing, Duration::ZERO);
                 let most = match (&self.client.past, self.client.control.is_some()) {
                     (Some(past), _) if past.framing != Body::Chunked => SEND_MOST,
                     (None, true) => PIECE_MOST_H2,
@@ -735,9 +736,9 @@ impl Wire {
         let phase = self.outgoing.phase();
         self.delays.waits_for = Party::Client;
         let left = self.outgoing.left();
-        let Wire { delays, depot, client, manner, outgoing, .. } = self;
+        let ResponseBody { delays, spools, client, policy, outgoing, .. } = self;
         let Delays { blocked, slow, acknowledged, still, timer, .. } = delays;
-        let enter = || depot.slow.enter(Direction::Response, Some(&manner.route), client.who.client);
+        let enter = || spools.slow.enter(Direction::Response, Some(&policy.route), client.who.client);
         let entry = slow.get_or_insert_with(enter);
         entry.set(phase, left);
         let fault = |what| Poll::Ready(Fault::new(Party::Client, phase, what));
@@ -745,23 +746,23 @@ impl Wire {
             Some(waiting) => waiting,
             None => {
                 *acknowledged = Acknowledged::begin(client.delivered_while_stalled());
-                blocked.insert(Waiting::begin(Some(depot.budget.slow(Direction::Response)), entry))
+                blocked.insert(Waiting::begin(Some(spools.budget.slow(Direction::Response)), entry))
             }
         };
         // On HTTP/1 the stream enforces this limit more precisely, since it observes every byte.
         if client.control.is_some() {
             let still = still.get_or_insert_with(|| Standstill::begin(acknowledged.at_first));
-            if still.poll(cx, manner.write_idle, || client.delivered_while_stalled()).is_ready() {
+            if still.poll(cx, policy.write_idle, || client.delivered_while_stalled()).is_ready() {
                 return fault(What::Silent);
             }
         }
         loop {
-            let patience = manner.pace.patience(outgoing.writing.max(acknowledged.bytes));
+            let patience = policy.min_rate.patience(outgoing.writing.max(acknowledged.bytes));
             let Some(patience) = patience else { return Poll::Pending };
             ready!(timer.poll_limit(cx, waiting.since, patience.max(acknowledged.next)));
             let lasted = waiting.lasted();
             let took = acknowledged.look(client.delivered_while_stalled(), lasted);
-            let patience = manner.pace.patience(outgoing.writing.max(acknowledged.bytes));
+            let patience = policy.min_rate.patience(outgoing.writing.max(acknowledged.bytes));
             if !took || patience.is_some_and(|patience| patience <= lasted) {
                 return fault(What::Slow);
             }
@@ -798,12 +799,12 @@ impl Wire {
         self.set_aside();
         if written.is_ready() && !self.held {
             if self.outgoing.is_bulk() && self.grants.is_crowded() {
-                ready!(self.poll_grant(cx, Class::Pass, false));
+                ready!(self.poll_grant(cx, Class::Transfer, false));
             }
         } else {
             // Interim responses wait for the client; only a final response can be spooled.
             let interim = self.outgoing.head.is_none() && !self.held;
-            if self.leave == Leave::Stream || interim {
+            if self.mode == BufferMode::Stream || interim {
                 return Poll::Pending;
             }
             let admitted = self.poll_admitted(cx);
@@ -824,7 +825,7 @@ impl Wire {
     /// Moves received bytes that the client has not accepted to the spool.
     fn set_aside(&mut self) {
         let first = self.outgoing.ready.iter().position(|task| matches!(task, HttpTask::Body(..)));
-        let Some(first) = first.filter(|_| self.leave != Leave::Stream) else { return };
+        let Some(first) = first.filter(|_| self.mode != BufferMode::Stream) else { return };
         for task in self.outgoing.ready.split_off(first) {
             if let HttpTask::Body(Some(piece), _) = task {
                 self.push(piece);
@@ -859,8 +860,8 @@ impl Wire {
     fn poll_admitted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         ready!(self.poll_room(cx));
         // The client of a held response waits for it.
-        let class = if self.held { Class::Pass } else { Class::Spool };
-        let disk = self.outgoing.spool.as_ref().is_some_and(Spool::needs_disk);
+        let class = if self.held { Class::Transfer } else { Class::Spool };
+        let disk = self.outgoing.spool.as_ref().is_some_and(|spool| spool.needs_disk());
         self.poll_grant(cx, class, disk)
     }
 
@@ -871,7 +872,7 @@ impl Wire {
         let fault = if self.client.poll_gone(cx).is_ready() {
             Fault::new(Party::Client, Phase::Receive, What::Left)
         } else {
-            ready!(self.delays.timer.poll(cx, since + self.manner.disk_max));
+            ready!(self.delays.timer.poll(cx, since + self.policy.disk_max));
             tracing::error!("the disk did not accept a held response in time");
             Fault::new(Party::Disk, Phase::Receive, What::Silent)
         };
@@ -947,9 +948,9 @@ mod tests {
     use crate::client::http1;
     use crate::client::stream::{ClientStream, Opening};
     use crate::metrics::Metrics;
-    use crate::slow_client::pace::Pace;
+    use crate::slow_client::min_rate::MinRate;
     use crate::spool::Limits;
-    use crate::spool::tests::depot;
+    use crate::spool::tests::spools;
 
     const LIMITS: Limits = Limits { memory: 1 << 20, disk: 1 << 20 };
 
@@ -963,10 +964,10 @@ mod tests {
         let session = Box::new(ServerSession::new_custom(Box::new(session)));
 
         let metrics = Metrics::new(u64::MAX, Vec::new());
-        let manner = Manner {
-            leave: Leave::Full,
+        let policy = ResponsePolicy {
+            mode: BufferMode::Full,
             limits: LIMITS,
-            pace: Pace::unlimited(),
+            min_rate: MinRate::unlimited(),
             write_idle: Duration::from_secs(60),
             disk_max: Duration::from_secs(60),
             throttle: None,
@@ -975,24 +976,26 @@ mod tests {
         let schedulers = Schedulers::new(metrics.clone(), || false, Duration::from_secs(60));
         let past = Past::new(stream.bypass(), false);
         let request = RequestHeader::build(Method::GET, b"/", None).expect("a request");
-        let mut wire = Wire::new((session, Some(past), None), &request, manner, Who::default(), depot(), schedulers);
+        let mut response =
+            ResponseBody::new((session, Some(past), None), &request, policy, Who::default(), spools(), schedulers);
 
         let body = Bytes::from(vec![b'x'; PIECE_MOST]);
         let mut header = ResponseHeader::build(200, None).expect("an answer");
         header.insert_header("content-length", body.len()).expect("a field");
-        wire.take(vec![HttpTask::Header(Box::new(header), false), HttpTask::Body(Some(body.clone()), false)])
+        response
+            .take(vec![HttpTask::Header(Box::new(header), false), HttpTask::Body(Some(body.clone()), false)])
             .expect("sound");
-        wire.end();
-        let drained = std::future::poll_fn(|cx| Poll::Ready(wire.poll_drain(cx).is_ready())).await;
+        response.end();
+        let drained = std::future::poll_fn(|cx| Poll::Ready(response.poll_drain(cx).is_ready())).await;
         assert!(!drained, "the client has room for a part of it");
-        let unsent: usize = wire.client.past.iter().flat_map(|past| &past.pieces).map(Bytes::len).sum();
+        let unsent: usize = response.client.past.iter().flat_map(|past| &past.pieces).map(Bytes::len).sum();
         assert!(unsent > SEND_LEFT, "{unsent} bytes came from the spool at once");
-        assert_eq!(wire.spooled(), (body.len() as u64, 0));
+        assert_eq!(response.spooled(), (body.len() as u64, 0));
 
         let mut got = Vec::new();
         let mut space = vec![0; 1 << 10];
         std::future::poll_fn(|cx| {
-            let drained = wire.poll_drain(cx);
+            let drained = response.poll_drain(cx);
             let mut read = ReadBuf::new(&mut space);
             while AsyncRead::poll_read(Pin::new(&mut client), cx, &mut read).is_ready() {
                 got.extend_from_slice(read.filled());
@@ -1002,6 +1005,6 @@ mod tests {
         })
         .await;
         assert!(got.ends_with(&body) && !got.ends_with(b"\nx"), "{} bytes", got.len());
-        assert_eq!((wire.spooled(), wire.sent()), ((body.len() as u64, 0), body.len() as u64));
+        assert_eq!((response.spooled(), response.sent()), ((body.len() as u64, 0), body.len() as u64));
     }
 }

@@ -26,7 +26,8 @@ pub(super) struct Head {
 pub(super) struct Outgoing {
     /// Sent before the spool: headers, and body pieces that have just been received.
     pub(super) ready: VecDeque<HttpTask>,
-    pub(super) spool: Option<Spool>,
+    /// Boxed, since most clients take a response as it comes.
+    pub(super) spool: Option<Box<Spool>>,
     /// Sent after the spool: trailers or the end.
     pub(super) last: Option<HttpTask>,
     /// Whether the response was received completely.
@@ -56,7 +57,7 @@ impl Outgoing {
     /// Body bytes that were received and that the client has not accepted.
     pub(super) fn left(&self) -> u64 {
         let ready: u64 = self.ready.iter().map(|task| body_len(task) as u64).sum();
-        ready + self.writing + self.spool.as_ref().map_or(0, Spool::unread)
+        ready + self.writing + self.spool.as_ref().map_or(0, |spool| spool.unread())
     }
 
     /// The phase of a wait for the client.
@@ -86,7 +87,7 @@ impl Outgoing {
 
     /// Bytes in the spool that were not read yet.
     pub(super) fn unread(&self) -> u64 {
-        self.spool.as_ref().map_or(0, Spool::unread)
+        self.spool.as_ref().map_or(0, |spool| spool.unread())
     }
 
     /// Bytes that were spooled, and those of them that were on disk.

@@ -3,7 +3,6 @@
 //! A listed address may be unreachable: a host may lack IPv6, or packets may be dropped. So the second address is tried
 //! as well if the first has not responded after a delay (RFC 8305). The responding address is then tried first for some
 //! time, so that a dead address does not delay every connection.
-//! for some time, so that a dead address does not delay every connection.
 
 use std::future::Future;
 use std::io;

@@ -1,6 +1,6 @@
 //! The PROXY protocol header (version 2) at the beginning of a connection to an endpoint.
 //!
-//! It is sent once, so a kept connection must be reused only for the same client: [`Parties`] is part of the
+//! It is sent once, so a kept connection must be reused only for the same client: [`ClientAddresses`] is part of the
 //! connection key.
 
 use std::net::{IpAddr, SocketAddr};
@@ -9,7 +9,7 @@ use ppp::v2::{Addresses, Builder, Command, Protocol, Version};
 
 /// The two ends of a client's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Parties {
+pub struct ClientAddresses {
     /// The client's address, as far as known; port 0 if only its IP address is known.
     pub client: SocketAddr,
     /// The address it connected to.
@@ -17,8 +17,8 @@ pub struct Parties {
 }
 
 /// The header for a client; `None`: a client without an address, on a unix socket.
-pub(super) fn of(parties: Option<Parties>) -> Box<[u8]> {
-    let addresses = parties.map_or(Addresses::Unspecified, |Parties { client, gateway }| {
+pub(super) fn of(addresses: Option<ClientAddresses>) -> Box<[u8]> {
+    let addresses = addresses.map_or(Addresses::Unspecified, |ClientAddresses { client, gateway }| {
         let (mut client, mut gateway) = (client, gateway);
         // The header has one address family for both.
         if client.is_ipv4() != gateway.is_ipv4() {
@@ -61,19 +61,19 @@ mod tests {
         (header.command, header.protocol, header.addresses)
     }
 
-    fn parties(client: &str, gateway: &str) -> Option<Parties> {
-        Some(Parties { client: client.parse().unwrap(), gateway: gateway.parse().unwrap() })
+    fn addresses(client: &str, gateway: &str) -> Option<ClientAddresses> {
+        Some(ClientAddresses { client: client.parse().unwrap(), gateway: gateway.parse().unwrap() })
     }
 
     #[test]
     fn both_ends_are_named() {
         let expected = Addresses::IPv4(IPv4::new([1, 2, 3, 4], [10, 0, 0, 1], 5555, 443));
-        assert_eq!(read(&of(parties("1.2.3.4:5555", "10.0.0.1:443"))), (Command::Proxy, Protocol::Stream, expected));
+        assert_eq!(read(&of(addresses("1.2.3.4:5555", "10.0.0.1:443"))), (Command::Proxy, Protocol::Stream, expected));
     }
 
     #[test]
     fn both_ends_are_of_one_family() {
-        let (_, _, addresses) = read(&of(parties("[2001:db8::1]:0", "10.0.0.1:443")));
+        let (_, _, addresses) = read(&of(addresses("[2001:db8::1]:0", "10.0.0.1:443")));
         let gateway = "::ffff:10.0.0.1".parse::<std::net::Ipv6Addr>().unwrap();
         let client = "2001:db8::1".parse::<std::net::Ipv6Addr>().unwrap();
         assert_eq!(addresses, Addresses::IPv6(IPv6::new(client, gateway, 0, 443)));

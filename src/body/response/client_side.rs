@@ -9,9 +9,9 @@ use pingora::http::RequestHeader;
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, Result};
 
-use super::super::http1;
-use super::super::http2::Control;
 use super::past::Past;
+use crate::client::http1;
+use crate::client::http2::Control;
 use crate::slow_client::waiting::Who;
 
 /// A write in progress. It owns the session.

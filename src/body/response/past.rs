@@ -6,8 +6,8 @@ use bytes::Bytes;
 use http::HeaderMap;
 use pingora::http::ResponseHeader;
 
-use super::super::stream::Bypass;
-use super::super::trailers::last_chunk;
+use crate::client::stream::Bypass;
+use crate::client::trailers::last_chunk;
 use crate::framing::Body;
 
 /// Number of bytes kept when the client does not accept them.
