@@ -10,9 +10,9 @@
 //! client's own session, so that keep-alive works unchanged. It is removed earlier if client and endpoint switch to
 //! another protocol.
 //!
-//! While a response waits for its client, Pingora would continue to read into its channel. [`Bodies`] therefore does not
-//! let the exchange be polled then, and serves only the client until there is room and a grant. Within one poll, too,
-//! Pingora would read about 300 KiB before it polls the client. The session therefore limits each poll to a few
+//! While a response waits for its client, Pingora would continue to read into its channel. [`Bodies`] therefore does
+//! not let the exchange be polled then, and serves only the client until there is room and a grant. Within one poll,
+//! too, Pingora would read about 300 KiB before it polls the client. The session therefore limits each poll to a few
 //! operations of tokio's cooperative budget, and to none once the exchange must wait. Without this limit, each of a
 //! thousand waiting exchanges held 128 KiB in Pingora's channels.
 

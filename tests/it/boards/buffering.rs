@@ -157,14 +157,17 @@ pub fn board() -> Board {
                 .query("sum by (operation) (rate(forebay_disk_failures_total[R]))", "{{operation}}")
                 .at_least(1.0),
             Panel::lines("Spooled", "Bytes per second that each worker took in for slow clients.", "Bps")
-                .query("sum by (instance, worker) (rate(forebay_scheduler_bytes_total[R]))", "{{instance}} #{{worker}}"),
-            Panel::lines("Scheduler, share", "Of its time, what each worker may give to new connections, to bodies that pass \
-                and to answers that are spooled, as the lag of its event loop allows.", "percentunit")
-                .query("sum by (instance, worker, class) (forebay_scheduler_share_ratio)", "{{instance}} #{{worker}} {{class}}")
+                .query("sum by (instance, worker) (rate(forebay_scheduler_bytes_total[R]))",
+                    "{{instance}} #{{worker}}"),
+            Panel::lines("Scheduler, share", "Of its time, what each worker may give to new connections, to bodies \
+                that pass and to answers that are spooled, as the lag of its event loop allows.", "percentunit")
+                .query("sum by (instance, worker, class) (forebay_scheduler_share_ratio)",
+                    "{{instance}} #{{worker}} {{class}}")
                 .max(1.0),
-            Panel::lines("Scheduler, waiting", "Exchanges that wait for their turn, so that others need not: new connections, \
-                bodies that pass, answers that are spooled.", "short")
-                .query("sum by (instance, worker, class) (forebay_scheduler_waiting)", "{{instance}} #{{worker}} {{class}}")
+            Panel::lines("Scheduler, waiting", "Exchanges that wait for their turn, so that others need not: new \
+                connections, bodies that pass, answers that are spooled.", "short")
+                .query("sum by (instance, worker, class) (forebay_scheduler_waiting)",
+                    "{{instance}} #{{worker}} {{class}}")
                 .at_least(1.0),
             Panel::lines("Scheduler, overdue", "Turns per second that were given because they had been waited for for \
                 `resources.turn`: the worker, or the disk, has too much to do.", "ops")
