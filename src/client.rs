@@ -54,7 +54,30 @@ macro_rules! no_connection {
     };
 }
 
-pub(crate) use no_connection;
+/// The methods of one of Forebay's own sessions for Pingora's timeouts: all are empty, since Forebay enforces its own.
+macro_rules! no_timeouts {
+    () => {
+        fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
+
+        fn get_read_timeout(&self) -> Option<Duration> {
+            None
+        }
+
+        fn set_write_timeout(&mut self, _timeout: Option<Duration>) {}
+
+        fn get_write_timeout(&self) -> Option<Duration> {
+            None
+        }
+
+        fn set_total_drain_timeout(&mut self, _timeout: Option<Duration>) {}
+
+        fn get_total_drain_timeout(&self) -> Option<Duration> {
+            None
+        }
+    };
+}
+
+pub(crate) use {no_connection, no_timeouts};
 
 pub mod acceptor;
 pub mod broken;

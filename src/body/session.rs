@@ -37,7 +37,7 @@ use super::request::{RequestBody, Unread};
 use super::response::{Past, ResponseBody};
 use super::{Bodies, BodyCounts, Clock, Tap, Terms, UNKNOWN, told};
 use crate::client::driver::sessions;
-use crate::client::{no_connection, remains};
+use crate::client::{no_connection, no_timeouts, remains};
 use crate::party::wait::Timer;
 use crate::party::{Bounds, Fault, Party, Recheck, Stage, Waits};
 use crate::phase::Phase;
@@ -442,24 +442,7 @@ impl CustomSession for BufferedSession {
     no_connection!();
 
     // The timeouts of the client's own session are already set; Pingora's do not apply to it.
-
-    fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
-
-    fn get_read_timeout(&self) -> Option<Duration> {
-        None
-    }
-
-    fn set_write_timeout(&mut self, _timeout: Option<Duration>) {}
-
-    fn get_write_timeout(&self) -> Option<Duration> {
-        None
-    }
-
-    fn set_total_drain_timeout(&mut self, _timeout: Option<Duration>) {}
-
-    fn get_total_drain_timeout(&self) -> Option<Duration> {
-        None
-    }
+    no_timeouts!();
 
     /// Pingora calls this at the start of each attempt: the body is replayed from its first byte, and unsent bytes of
     /// the previous attempt are dropped.

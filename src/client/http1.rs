@@ -331,24 +331,7 @@ impl CustomSession for Session {
     no_connection!();
 
     // `body::request` enforces the deadline for the request body, and the connection the one for writing.
-
-    fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
-
-    fn get_read_timeout(&self) -> Option<Duration> {
-        None
-    }
-
-    fn set_write_timeout(&mut self, _timeout: Option<Duration>) {}
-
-    fn get_write_timeout(&self) -> Option<Duration> {
-        None
-    }
-
-    fn set_total_drain_timeout(&mut self, _timeout: Option<Duration>) {}
-
-    fn get_total_drain_timeout(&self) -> Option<Duration> {
-        None
-    }
+    no_timeouts!();
 
     fn enable_retry_buffering(&mut self) {
         self.kept.begin();
