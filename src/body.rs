@@ -72,8 +72,8 @@ pub struct Terms {
     pub schedulers: Arc<Schedulers>,
 }
 
-/// The state that an exchange and its session share: the clocks, the sender of the response, and the client's own
-/// session.
+/// The two bodies of an exchange, as the phases and the buffered session share them: how far each has come, the clocks
+/// of the current wait, and the sender of the response, which owns the client's own session.
 pub struct Bodies {
     /// The party that is waited for, and the wait of each party in this attempt.
     waits: Waits,
